@@ -1,0 +1,197 @@
+"""The data that the parts of apoptorch exchange: frozen, without behaviour beyond JSON.
+
+Shapes: n channels in a group, k survivors.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a group's channels lie in a parameter or buffer.
+
+    Channel c holds the `inner` consecutive entries c * inner ... (c + 1) * inner - 1 of dimension `dim`.
+    `tensor` is the qualified name in the model ("0.weight"), the first one if it is tied.
+    """
+
+    tensor: str
+    dim: int
+    inner: int = 1
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A weight whose columns read the group's channels.
+
+    `bias` takes the constant part of a fold; None if there is none, or if the constant would not be exact
+    (no bias parameter, or a zero-padded convolution). `weight.tensor` may name a parametrized attribute
+    (weight_norm): the fold then acts on the effective weight.
+    """
+
+    weight: Slot
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """n interchangeable channels: what makes them, what passes them on, what reads them.
+
+    Attributes:
+        name: module path of the first producer ("features.3").
+        width: number of channels now.
+        full_width: number of channels before any removal.
+        neuron: neuron type, a name in `neurons.NEURONS`, or "general" where no closed form applies.
+        producers: weights and biases whose rows make the channels.
+        passthrough: per-channel parameters and buffers between producer and consumer (batch norm, PReLU).
+        consumers: weights that read the channels.
+        prunable: False if the group must keep its width; `reason` then says why.
+    """
+
+    name: str
+    width: int
+    full_width: int
+    neuron: str
+    producers: tuple[Slot, ...]
+    passthrough: tuple[Slot, ...] = ()
+    consumers: tuple[Consumer, ...] = ()
+    prunable: bool = True
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How one consumer replaces all n channels by the k survivors: a ~ coeffs @ a[keep] + shift."""
+
+    coeffs: Float64[Tensor, "n k"]
+    shift: Float64[Tensor, " n"] | None = None
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """One removal in one group.
+
+    Attributes:
+        group: name of the group.
+        keep: sorted indices of the survivors.
+        folds: one `Fold` for each consumer of the group, in their order.
+        predicted: predicted increase of the loss (the loss's own units); NaN without data.
+        bound: worst-case change of the consumers' output (Euclidean norm) for inputs of the asked norm, or None.
+    """
+
+    group: str
+    keep: Int64[Tensor, " k"]
+    folds: tuple[Fold, ...]
+    predicted: float = math.nan
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """Forward FLOPs of one op for one batch: `flops` x width(out_group) x width(in_group); a None group counts 1."""
+
+    flops: float
+    out_group: str | None
+    in_group: str | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is known of one removal, measured on `samples` calibration inputs that its plan did not see.
+
+    Attributes:
+        samples: number of held-out inputs.
+        loss_before, loss_after: mean loss (or 0 and the relative mean squared change of the output, without loss_fn).
+        changed_predictions: how many predictions changed; None where the output has no classes.
+        changed_upper: one-sided upper confidence limit (Clopper-Pearson) on the share of inputs that change.
+        confidence: of that limit.
+        bound: worst-case change of the model's output (Euclidean norm), where a closed form exists.
+    """
+
+    samples: int
+    loss_before: float
+    loss_after: float
+    changed_predictions: int | None
+    changed_upper: float | None
+    confidence: float
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """One group's part in an event: widths, predicted loss increase, proved bound and measured relative error.
+
+    `error` is the share of the consumers' output energy that the fold left unexplained on the calibration data.
+    """
+
+    group: str
+    before: int
+    after: int
+    predicted: float | None
+    bound: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One removal, done or undone. Plain data: `to_json` and `from_json` are each other's inverse.
+
+    Attributes:
+        step: optimizer steps done before the event.
+        changes: the groups that changed (or were to change), in the model's order.
+        widths_before, widths_after: width of every group.
+        parameters_before, parameters_after: number of parameters of the model.
+        flops_before, flops_after: forward FLOPs of one input.
+        seconds: wall time of the event, search and guard included.
+        budget: the loss increase that the event was allowed (loss units).
+        predicted: predicted loss increase, all groups together (loss units).
+        measured: loss change on held-out calibration data (loss units), or None.
+        bound: worst-case change of the output (Euclidean norm), or None.
+        certificate: what was shown on held-out data, or None without data.
+        rolled_back: True if the guard undid the event.
+        reason: why it was rolled back, or why nothing was removed.
+    """
+
+    step: int
+    changes: tuple[GroupChange, ...]
+    widths_before: dict[str, int]
+    widths_after: dict[str, int]
+    parameters_before: int
+    parameters_after: int
+    flops_before: float
+    flops_after: float
+    seconds: float
+    budget: float | None
+    predicted: float | None
+    measured: float | None
+    bound: float | None
+    certificate: Certificate | None
+    rolled_back: bool = False
+    reason: str | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types; floats that are not finite become None."""
+        return _plain(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Event":
+        """The event that `to_json` wrote."""
+        data = dict(data)
+        data["changes"] = tuple(GroupChange(**change) for change in data["changes"])
+        if data["certificate"] is not None:
+            data["certificate"] = Certificate(**data["certificate"])
+        return Event(**data)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
