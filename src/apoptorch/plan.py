@@ -46,8 +46,10 @@ class ChannelGroup:
         name: module path of the first producer ("features.3").
         width: number of channels now.
         full_width: number of channels before any removal.
-        neuron: neuron type, a name in `neurons.NEURONS`, or "general" where no closed form applies.
+        neuron: neuron type, a name in `neurons.NEURONS` with the op's constants, if any ("relu", "elu(0.5)"),
+            or "general" where no closed form applies.
         producers: weights and biases whose rows make the channels.
+        max_pooled: a max pooling lies before a consumer, so that neurons can't be folded with a negative sign.
         passthrough: per-channel parameters and buffers between producer and consumer (batch norm, PReLU).
         consumers: weights that read the channels.
         prunable: False if the group must keep its width; `reason` then says why.
@@ -60,6 +62,7 @@ class ChannelGroup:
     producers: tuple[Slot, ...]
     passthrough: tuple[Slot, ...] = ()
     consumers: tuple[Consumer, ...] = ()
+    max_pooled: bool = False
     prunable: bool = True
     reason: str | None = None
 

@@ -1,0 +1,52 @@
+"""Model -> ATen graph, by torch.export."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.export
+from torch import nn
+
+from ..errors import ExportError
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Puts the training mode of every module and the values of all buffers back, and leaves the RNG untouched."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    """The model's graph in training mode or, where that can't be exported, in eval mode.
+
+    Raises:
+        ExportError: neither mode could be exported; the message says what was tried and how each try failed.
+    """
+    failures = []
+    for training in (True, False):
+        output = io.StringIO()  # a failing export prints its whole graph
+        with preserved(model), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            model.train(training)
+            try:
+                return torch.export.export(model, args, kwargs, strict=False)
+            except Exception as error:  # noqa: BLE001 - export raises whatever the user's forward raises
+                text = next((line for line in str(error).splitlines() if line.strip()), "no message")
+                failures.append(f"in {'train' if training else 'eval'}(): {type(error).__name__}: {text.strip()[:300]}")
+    raise ExportError(
+        f"`model` ({type(model).__name__}) could not be captured by torch.export(strict=False); tried\n  "
+        + "\n  ".join(failures)
+        + "\nMake forward() free of data-dependent Python control flow, or apply apoptosis to a submodule."
+    )

@@ -1,0 +1,253 @@
+"""Follows channels through an ATen graph: which parameter rows make them, which columns read them."""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from ..plan import ChannelGroup, Consumer, CostTerm, Slot
+
+Rule = Callable[["Tracer", Node], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers one function for ATen ops by name, without overload and trailing underscore ("relu")."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One tensor dimension that holds a group's channels, `inner` consecutive entries each.
+
+    `neuron` is the non-linearity met since the producer ("linear" before any, "general" after two).
+    """
+
+    group: int
+    inner: int = 1
+    neuron: str = "linear"
+    max_pooled: bool = False
+
+
+Flow = dict[int, Axis]  # tensor dimension -> the channels that lie along it
+
+
+@dataclass
+class _Draft:
+    """A group while it is being traced."""
+
+    width: int
+    name: str = ""
+    producers: list[Slot] = field(default_factory=list)
+    passthrough: list[Slot] = field(default_factory=list)
+    consumers: list[Consumer] = field(default_factory=list)
+    neurons: set[str] = field(default_factory=set)
+    max_pooled: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+
+def op_name(node: Node) -> str:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", str(node.target))
+    return node.target._schema.name.split("::")[-1].removesuffix("_")
+
+
+def shape(node: Node) -> tuple[int, ...]:
+    return tuple(int(size) for size in node.meta["val"].shape)
+
+
+class Tracer:
+    """Walks the graph once; each op's rule reads the flows of its inputs and writes that of its output."""
+
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram):
+        self.model = model
+        self.program = program
+        self.flows: dict[Node, Flow | list[Flow]] = {}
+        self.tensors: dict[Node, str] = {}  # node -> parameter or buffer, by its first name
+        self.drafts: list[_Draft] = []
+        self.parent: list[int] = []
+        self.made_by: dict[tuple[str, int], int] = {}  # (tensor, dim) -> group
+        self.used_by: dict[str, list[str]] = {}  # tensor -> ops that use it in a way no rule describes
+        self.costs: list[tuple[float, int | None, int | None]] = []
+        self.constant_cost = 0.0
+
+    # -- the graph -------------------------------------------------------------------------------------------
+    def run(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
+        """The channel groups in the model's order, and the forward cost of each op that has one."""
+        first_name: dict[int, str] = {}
+        named = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            first_name.setdefault(id(tensor), name)
+        by_name = {name: first_name[id(tensor)] for name, tensor in named}
+        specs = {spec.arg.name: spec for spec in self.program.graph_signature.input_specs}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                spec = specs[node.name]
+                if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target in by_name:
+                    self.tensors[node] = by_name[spec.target]
+            elif node.op == "call_function":
+                self.call(node)
+            elif node.op == "output":
+                for used in node.all_input_nodes:
+                    self.pin_flow(self.flow(used), "its channels are the model's output")
+        return self.finish()
+
+    def call(self, node: Node) -> None:
+        if node.target is operator.getitem:
+            flows = self.flows.get(node.args[0], {})
+            self.flows[node] = flows[node.args[1]] if isinstance(flows, list) else dict(flows)
+            return
+        inputs = node.all_input_nodes
+        if op_name(node) in RULES:
+            RULES[op_name(node)](self, node)
+        elif any(self.flow(used) for used in inputs):
+            for used in inputs:
+                self.pin_flow(self.flow(used), f"{self.where(node)} has no rule that says what becomes of the channels")
+        if "parametrizations" not in self.path(node) and not self.flows.get(node):
+            for used in inputs:  # a parameter used outside its layer's own op
+                if used in self.tensors and op_name(node) not in RULES:
+                    self.used_by.setdefault(self.tensors[used], []).append(self.where(node))
+
+    def path(self, node: Node) -> str:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        return stack[-1][0] if stack else ""
+
+    def where(self, node: Node) -> str:
+        """The op as a user knows it: name, module path, line of code."""
+        lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+        line = next((f": {a.removeprefix('File ')}: {b}" for a, b in zip(lines[-2:], lines[-1:], strict=False)), "")
+        return f"`aten.{op_name(node)}` in {self.path(node) or 'the model itself'}{line}"
+
+    # -- flows -----------------------------------------------------------------------------------------------
+    def flow(self, node: Any) -> Flow:
+        """Channel dimensions of a node's output; for an op with several outputs, of all of them."""
+        flows = self.flows.get(node, {}) if isinstance(node, Node) else {}
+        return {i: axis for i, flow in enumerate(flows) for axis in flow.values()} if isinstance(flows, list) else flows
+
+    def group(self, index: int) -> int:
+        while self.parent[index] != index:
+            index = self.parent[index]
+        return index
+
+    def draft(self, axis: Axis) -> _Draft:
+        return self.drafts[self.group(axis.group)]
+
+    def pin_flow(self, flow: Flow, reason: str) -> None:
+        for axis in flow.values():
+            self.pin(axis, reason)
+
+    def pin(self, axis: Axis, reason: str) -> None:
+        if reason not in self.draft(axis).reasons:
+            self.draft(axis).reasons.append(reason)
+
+    def unite(self, a: Axis, b: Axis, reason: str) -> Axis:
+        """Both axes hold the same channels from now on (`reason` pins them if they can't)."""
+        i, j = self.group(a.group), self.group(b.group)
+        if i != j:
+            first, second = self.drafts[i], self.drafts[j]
+            for key in ("producers", "passthrough", "consumers", "reasons"):
+                getattr(first, key).extend(item for item in getattr(second, key) if item not in getattr(first, key))
+            first.neurons |= second.neurons
+            first.max_pooled |= second.max_pooled
+            self.parent[j] = i
+            if first.width != second.width:
+                self.pin(a, reason)
+        if a.inner != b.inner:
+            self.pin(a, reason)
+        same = a.neuron == b.neuron == "linear"
+        return replace(a, neuron="linear" if same else "general", max_pooled=a.max_pooled or b.max_pooled)
+
+    # -- what rules call -------------------------------------------------------------------------------------
+    def weight(self, node: Any, like: Node) -> str | None:
+        """Name of a weight argument: a parameter, or the parametrized attribute `weight` of the op's module."""
+        if node in self.tensors:
+            return self.tensors[node]
+        module = self.model.get_submodule(self.path(like))
+        if nn.utils.parametrize.is_parametrized(module, "weight"):
+            return f"{self.path(like)}.weight".lstrip(".")
+        return None
+
+    def produce(self, width: int, slots: Iterable[Slot], node: Node) -> Axis:
+        """The axis made by these rows: a new group, or the one that already owns a slot (a shared module)."""
+        slots = list(slots)
+        for slot in slots[:1]:
+            known = self.made_by.get((slot.tensor, slot.dim))
+            if known is not None:
+                return Axis(known)
+        self.drafts.append(_Draft(width, self.path(node) or slots[0].tensor.rpartition(".")[0], slots))
+        self.parent.append(len(self.parent))
+        for slot in slots:
+            self.made_by[(slot.tensor, slot.dim)] = self.parent[-1]
+        return Axis(self.parent[-1])
+
+    def pass_through(self, axis: Axis, slots: Iterable[Slot]) -> None:
+        draft = self.draft(axis)
+        draft.passthrough.extend(slot for slot in slots if slot not in draft.passthrough)
+
+    def consume(self, axis: Axis, consumer: Consumer) -> None:
+        key = (consumer.weight.tensor, consumer.weight.dim)
+        known = self.made_by.get(key)
+        reason = f"{consumer.weight.tensor} reads these channels more than once and not alike (a shared module)"
+        if known is not None:
+            axis = self.unite(axis, Axis(known, consumer.weight.inner), reason)
+        self.made_by[key] = self.group(axis.group)
+        draft = self.draft(axis)
+        draft.neurons.add(axis.neuron)
+        draft.max_pooled |= axis.max_pooled
+        same = [old for old in draft.consumers if old.weight.tensor == consumer.weight.tensor]
+        if not same:
+            draft.consumers.append(consumer)
+        elif consumer not in same:
+            self.pin(axis, reason)
+
+    def cost(self, flops: float, out_axis: Axis | None, in_axis: Axis | None) -> None:
+        """`flops` at full width; kept per channel of both groups, so that it follows their widths."""
+        self.costs.append((flops, out_axis and out_axis.group, in_axis and in_axis.group))  # type: ignore[arg-type]
+
+    # -- the result ------------------------------------------------------------------------------------------
+    def finish(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
+        roots = [i for i in range(len(self.drafts)) if self.group(i) == i]
+        self.find_conflicts(roots)
+        names = {i: self.drafts[i].name for i in roots}
+        groups = []
+        for i in roots:
+            draft = self.drafts[i]
+            several = sum(slot.tensor.endswith("weight") for slot in draft.producers) != 1
+            neuron = "general" if several or len(draft.neurons) != 1 else next(iter(draft.neurons))
+            groups.append(
+                ChannelGroup(
+                    names[i], draft.width, draft.width, neuron, tuple(draft.producers), tuple(draft.passthrough),
+                    tuple(draft.consumers), draft.max_pooled, not draft.reasons, "; ".join(draft.reasons) or None,
+                )
+            )  # fmt: skip
+        totals: dict[tuple[int | None, int | None], float] = {}
+        for flops, *sides in self.costs:
+            key = tuple(None if side is None else self.group(side) for side in sides)
+            widths = [self.drafts[side].width for side in key if side is not None]
+            totals[key] = totals.get(key, 0.0) + flops / float(torch.tensor(widths or [1.0], dtype=torch.float64).prod())
+        terms = [CostTerm(f, *(None if side is None else names[side] for side in key)) for key, f in totals.items()]
+        return groups, terms
+
+    def find_conflicts(self, roots: list[int]) -> None:
+        """Pins groups without consumers, with parameters in two roles, and with parameters used elsewhere."""
+        for i in roots:
+            draft = self.drafts[i]
+            made = [slot.tensor for slot in draft.producers + draft.passthrough]
+            read = [consumer.weight.tensor for consumer in draft.consumers]
+            names = made + read + [consumer.bias for consumer in draft.consumers if consumer.bias]
+            if not read:
+                draft.reasons.append("no layer reads its channels")
+            for name in sorted(set(made) & set(read)):
+                draft.reasons.append(f"{name} both makes and reads these channels (a shared module or tied weight)")
+            for name in sorted(set(names) & set(self.used_by)):
+                draft.reasons.append(f"{name} is also used by {self.used_by[name][0]}")
