@@ -1,0 +1,238 @@
+"""Which channels are redundant, and what replaces them: from activations (second moments) or from weights.
+
+Pure tensor code. Shapes: n channels, k survivors, d inputs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+from .errors import ArgumentError
+from .plan import Fold
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Channels in the order in which they are worth keeping.
+
+    Attributes:
+        order: the first k survivors, most valuable first; width w keeps `order[:w]`.
+        error: predicted loss increase with the first 0 ... k of them; non-increasing, never negative.
+    """
+
+    order: Int64[Tensor, " k"]
+    error: Float64[Tensor, " k+1"]
+
+    def curve(self, n: int, floor: int = 1) -> Float64[Tensor, " n+1"]:
+        """Predicted loss increase at every width 0 ... n: inf below `floor`, 0 at n.
+
+        Between k and n nothing was searched; the error at k stands there, an upper limit.
+        """
+        curve = self.error.new_full((n + 1,), float(self.error[-1]))
+        curve[: len(self.error)] = self.error
+        curve[:floor] = torch.inf
+        curve[n] = 0.0
+        return curve
+
+
+def select(
+    second: Float[Tensor, "n n"],
+    mean: Float[Tensor, " n"] | None,
+    metric: Float[Tensor, "n n"],
+    *,
+    stop: float,
+    floor: int = 1,
+    multiple: int = 1,
+    block: int = 64,
+) -> Selection:
+    """Order channels by greedy pivoted Cholesky of the activations' covariance, as the loss weighs them.
+
+    With S the part of the activations that the survivors do not explain (the Schur complement), the predicted
+    loss increase is 1/2 tr(metric S). Each pivot is the channel with the largest remaining metric_ii S_ii.
+    Blocked as in LAPACK's dpstrf: matrix-vector products inside a block, one matrix product after it.
+
+    Args:
+        second: mean of a a^T over samples.
+        mean: mean of a; None where the consumer can take no constant (then nothing is centred).
+        metric: V^T G V summed over consumers, positive semidefinite.
+        stop: the search ends when the predicted loss increase is at most this, or at numerical rank.
+        floor: least number of survivors.
+        multiple: their number is rounded up to a multiple of it (n at most).
+        block: pivots per block.
+    """
+    _check_finite(second=second, mean=mean, metric=metric)
+    n, noise = len(second), _rounding(second)
+    residual, metric = _centred(second, mean), metric.double()
+    live = torch.arange(n, device=second.device)
+    order, gains, left = [live[:0]], [residual.new_zeros(0)], _half_trace(metric, residual)
+    block, floor = _round_up(block, multiple), min(n, _round_up(floor, multiple))
+    found = 0
+    while found < n and (left > stop or found < floor):
+        rows, pivots = _pivot_block(residual, metric.diagonal().clamp(min=0), noise, min(block, len(live)))
+        if len(pivots) == 0:
+            break
+        order.append(live[pivots])
+        gains.append(_half_quadratic(rows, metric))
+        found += len(pivots)
+        residual.addmm_(rows.T, rows, alpha=-1.0)
+        _clear(residual, (residual.diagonal() <= noise).index_fill(0, pivots, True))
+        left = _half_trace(metric, residual)
+        open_ = residual.diagonal() > 0
+        if 4 * int(open_.sum()) < 3 * len(live):  # copying pays once a quarter is done with
+            residual, metric = residual[open_][:, open_], metric[open_][:, open_]
+            live, noise = live[open_], noise[open_]
+    return _trim(torch.cat(order), torch.cat(gains), left, n, stop=stop, floor=floor, multiple=multiple)
+
+
+def _pivot_block(
+    residual: Float64[Tensor, "m m"],
+    weight: Float64[Tensor, " m"],
+    noise: Float64[Tensor, " m"],
+    limit: int,
+) -> tuple[Float64[Tensor, "b m"], Int64[Tensor, " b"]]:
+    """Up to `limit` pivots; `rows` is their Cholesky factor, transposed: residual ~ rows^T rows."""
+    rows, pivots = residual.new_zeros(limit, len(residual)), []
+    left = residual.diagonal().clone()
+    for j in range(limit):
+        score = torch.where(left > noise, left * weight, 0.0)
+        value, pivot = score.max(0)
+        if value <= 0:
+            break
+        p = int(pivot)
+        row = torch.addmv(residual[p], rows[:j].T, rows[:j, p], alpha=-1.0).div_(left[p].sqrt())
+        row[pivots] = 0.0  # zero in exact arithmetic
+        row[p] = left[p].sqrt()
+        rows[j] = row
+        left.addcmul_(row, row, value=-1.0)
+        left[p] = 0.0
+        pivots.append(p)
+    return rows[: len(pivots)], torch.tensor(pivots, dtype=torch.int64, device=residual.device)
+
+
+def _trim(
+    order: Int64[Tensor, " p"],
+    gains: Float64[Tensor, " p"],
+    left: Float64[Tensor, ""],
+    n: int,
+    *,
+    stop: float,
+    floor: int,
+    multiple: int,
+) -> Selection:
+    # Summed from the small end: exactly non-increasing, and no cancellation as in total - cumsum(gains).
+    error = torch.cat([left[None], gains.flip(0)]).cumsum(0).flip(0)
+    k = min(n, _round_up(max(floor, int((error > stop).sum())), multiple))
+    if k > len(order):  # the rank is exhausted: any other channels fill up to the multiple
+        spare = _others(order, n)[: k - len(order)]
+        order, error = torch.cat([order, spare]), torch.cat([error, error[-1].expand(len(spare))])
+    if k == n:
+        error = error.index_fill(0, torch.tensor([n], device=error.device), 0.0)
+    return Selection(order[:k], error[: k + 1])
+
+
+def fold(
+    second: Float[Tensor, "n n"],
+    mean: Float[Tensor, " n"] | None,
+    keep: Int64[Tensor, " k"],
+    *,
+    ridge: float = 1e-10,
+) -> Fold:
+    """The regression of all channels on the survivors `keep` (sorted): a ~ coeffs @ a[keep] + shift.
+
+    Channels are scaled to unit variance first, so their units don't matter; `ridge` is relative to that and
+    grows tenfold until the factorization succeeds. Rows of survivors are exactly the identity.
+    """
+    _check_finite(second=second, mean=mean)
+    covariance = _centred(second, mean)
+    scale = covariance.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    normal = covariance[:, keep] / scale[:, None] / scale[keep]
+    coeffs = _solve(normal[keep], normal.T, ridge).T * scale[:, None] / scale[keep]
+    coeffs[keep] = torch.eye(len(keep), dtype=coeffs.dtype, device=coeffs.device)
+    if mean is None:
+        return Fold(coeffs)
+    shift = mean.double() - coeffs @ mean.double()[keep]
+    shift[keep] = 0.0
+    return Fold(coeffs, shift)
+
+
+def _solve(
+    matrix: Float64[Tensor, "k k"], right: Float64[Tensor, "k n"], ridge: float
+) -> Float64[Tensor, "k n"]:
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    while True:  # a unit-diagonal Gram matrix plus enough of the identity is positive definite
+        factor, info = torch.linalg.cholesky_ex(matrix + ridge * identity)
+        if not int(info):
+            return torch.cholesky_solve(right, factor)
+        ridge = max(10.0 * ridge, _EPS)
+
+
+def unexplained(
+    second: Float[Tensor, "n n"],
+    mean: Float[Tensor, " n"] | None,
+    keep: Int64[Tensor, " k"],
+    fold: Fold,
+) -> Float64[Tensor, "n n"]:
+    """Second moment of a - coeffs @ a[keep] - shift; exact for any fold, zero on the survivors."""
+    lost = _others(keep, len(second))
+    raw, coeffs = second.double(), fold.coeffs.double()[lost]
+    rest = raw if mean is None else raw - torch.outer(mean.double(), mean.double())
+    half = rest[lost] - coeffs @ rest[keep]
+    inner = half[:, lost] - half[:, keep] @ coeffs.T
+    if mean is not None:
+        offset = mean.double()[lost] - coeffs @ mean.double()[keep]
+        offset = offset if fold.shift is None else offset - fold.shift.double()[lost]
+        inner = inner + torch.outer(offset, offset)
+    return raw.new_zeros(raw.shape).index_put_((lost[:, None], lost), inner)
+
+
+def _centred(second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None) -> Float64[Tensor, "n n"]:
+    """A fresh covariance (second moment where `mean` is None) with exact zeros for constant channels."""
+    rest = second.double().clone()
+    if mean is not None:
+        rest.addr_(mean.double(), mean.double(), alpha=-1.0)
+    _clear(rest, rest.diagonal() <= _rounding(second))
+    return rest
+
+
+def _rounding(second: Float[Tensor, "n n"]) -> Float64[Tensor, " n"]:
+    """Below this a channel's remaining variance is rounding: relative to each channel's own second moment."""
+    return (len(second) + 64) * _EPS * second.diagonal().double().abs()
+
+
+def _clear(matrix: Float64[Tensor, "n n"], channels: Bool[Tensor, " n"]) -> None:
+    index = channels.nonzero()[:, 0]
+    matrix.index_fill_(0, index, 0.0).index_fill_(1, index, 0.0)
+
+
+def _half_trace(metric: Float64[Tensor, "m m"], residual: Float64[Tensor, "m m"]) -> Float64[Tensor, ""]:
+    return 0.5 * torch.dot(metric.reshape(-1), residual.reshape(-1)).clamp(min=0)
+
+
+def _half_quadratic(rows: Float64[Tensor, "b m"], metric: Float64[Tensor, "m m"]) -> Float64[Tensor, " b"]:
+    return 0.5 * ((rows @ metric) * rows).sum(1).clamp(min=0)
+
+
+def _others(chosen: Int64[Tensor, " k"], n: int) -> Int64[Tensor, " n-k"]:
+    free = torch.ones(n, dtype=torch.bool, device=chosen.device)
+    return free.index_fill_(0, chosen, False).nonzero()[:, 0]
+
+
+def _round_up(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
+
+
+def _check_finite(**arrays: Tensor | None) -> None:
+    problems = [
+        f"`{name}` must be finite, got NaN or infinity ({tuple(array.shape)}). "
+        "Check the calibration batch and the model's activations on it."
+        for name, array in arrays.items()
+        if array is not None and not math.isfinite(float(array.sum(dtype=torch.float64)))  # one pass, no copy
+    ]
+    if problems:
+        raise ArgumentError(problems)
