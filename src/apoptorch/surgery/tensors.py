@@ -1,0 +1,169 @@
+"""What surgery computes, without changing anything: cuts, folds, parametrizations, state, size attributes.
+
+Shapes: n channels in a group, k survivors, each `inner` entries wide.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.optim import LBFGS, Optimizer
+
+from apoptorch.plan import Fold, Slot
+
+Target = Tensor | ParametrizationList
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What a module's size attributes must be by the shapes of its tensors; empty for types without any."""
+    for types, sizes in _ATTRIBUTES:
+        if isinstance(module, types):
+            return sizes(module)
+    return {}
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by qualified name, tied ones under each of their names."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def target_of(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> Target | None:
+    """The tensor by that name, or the parametrizations that compute it; None if there is no way to write it."""
+    path, _, attribute = name.rpartition(".")
+    owner = None if name in tensors else dict(network.named_modules()).get(path)
+    if owner is None or not is_parametrized(owner, attribute):
+        return tensors.get(name)
+    chain = getattr(owner.parametrizations, attribute)
+    return chain if all(hasattr(step, "right_inverse") for step in chain) else None
+
+
+def originals(target: Target) -> list[Tensor]:
+    return [*target.parameters(recurse=False)] if isinstance(target, ParametrizationList) else [target]
+
+
+def effective(target: Target) -> Tensor:
+    """What the model computes with; nothing is written, not even the vectors that spectral_norm iterates."""
+    if isinstance(target, Tensor):
+        return target.detach()
+    copies = {name: tensor.detach().clone() for name, tensor in named_tensors(target).items()}
+    return functional_call(target, copies, ())
+
+
+def right_inverse(target: Target, value: Any) -> Sequence[Tensor]:
+    """What the originals must be for `target` to be `value`."""
+    if isinstance(target, Tensor):
+        return [value]
+    steps: list[Any] = list(target)
+    if all(isinstance(step, _SpectralNorm) for step in steps):  # their right_inverse would lose the scale
+        return [value * (originals(target)[0].norm() / effective(target).norm())]
+    for step in reversed(steps):
+        value = step.right_inverse(value)
+    return [value] if isinstance(value, Tensor) else value
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    chains = module.parametrizations.parameters() if is_parametrized(module) else ()
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False), *chains]
+
+
+def entries(keep: Int64[Tensor, " k"], inner: int) -> Int64[Tensor, " ki"]:
+    return (keep[:, None] * inner + torch.arange(inner, device=keep.device)).flatten()
+
+
+def take(tensor: Tensor, dim: int, index: Int64[Tensor, " k"]) -> Tensor:
+    """A copy of the entries `index` along `dim`, in the memory format of `tensor`."""
+    return like(tensor[(slice(None),) * dim + (index.to(tensor.device),)], tensor)
+
+
+def like(new: Tensor, old: Tensor) -> Tensor:
+    """`new`, its dimensions laid out in memory in the order that `old` has (channels_last stays so)."""
+    order = sorted(range(old.ndim), key=old.stride, reverse=True)
+    return new.permute(order).contiguous().permute([order.index(dim) for dim in range(old.ndim)])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
+def folded(weight: Tensor, slot: Slot, keep: Int64[Tensor, " k"], fold: Fold) -> Tensor:
+    """weight @ coeffs along `slot.dim`: (..., n * inner, ...) -> (..., k * inner, ...).
+
+    Only what survivors gain is computed, so that a pure selection is exact to the bit.
+    """
+    channels, gains, survivors = weight.unflatten(slot.dim, (-1, slot.inner)), fold.coeffs.clone(), len(keep)
+    gains[keep, torch.arange(survivors, device=keep.device)] -= 1.0
+    rows = gains.ne(0).any(1).nonzero()[:, 0]
+    folded = take(channels, slot.dim, keep)
+    if rows.numel():
+        removed = wide(take(channels, slot.dim, rows)).movedim(slot.dim, -1)
+        gained = (removed @ wide(gains[rows].to(weight.device))).movedim(-1, slot.dim)
+        folded = (wide(folded) + gained).to(weight.dtype)
+    return folded.flatten(slot.dim, slot.dim + 1)
+
+
+def constant_of(weight: Tensor, slot: Slot, shift: Float64[Tensor, " n"]) -> Float64[Tensor, " m"]:
+    """What inputs of constant `shift` add to each of the m outputs: summed over channels, inner and taps."""
+    channels = wide(weight.unflatten(slot.dim, (-1, slot.inner))).movedim(slot.dim, -1)
+    # Without the dimension of the channels, a transposed convolution's weight is (inner, m, ...), others (m, ...).
+    outputs = 1 if slot.dim == 0 else 0
+    return (channels @ wide(shift.to(weight.device))).movedim(outputs, 0).flatten(1).sum(1)
+
+
+def state_of(optimizer: Optimizer, tensor: Tensor) -> dict[str, Any]:
+    """State that can be narrowed; LBFGS's is dropped instead."""
+    return {} if isinstance(optimizer, LBFGS) else optimizer.state.get(tensor, {})
+
+
+def is_known_state(value: Any, *shapes: Sequence[int]) -> bool:
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, bool | int | float | str)
+    fits = value.ndim == len(shapes[0])  # 1 where Adafactor averages
+    return value.numel() == 1 or (
+        fits and all(v in (1, *s) for v, *s in zip(value.shape, *shapes, strict=True))
+    )
+
+
+def narrowed_state(value: Any, shape: torch.Size, dim: int, index: Int64[Tensor, " k"]) -> Any:
+    whole = isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[dim] == shape[dim]
+    return take(value, dim, index) if whole else value
+
+
+def _weight_shape(module: Any) -> tuple[int, ...]:
+    target = module.parametrizations.weight if is_parametrized(module, "weight") else module.weight
+    return tuple(effective(target).shape)
+
+
+def _conv_attributes(conv: Any) -> dict[str, Any]:
+    rows, columns = _weight_shape(conv)[:2]
+    transposed, groups = isinstance(conv, _ConvTransposeNd), conv.groups
+    if groups > 1 and groups == conv.in_channels:  # depthwise: as many groups as inputs
+        groups = rows if transposed else rows * groups // conv.out_channels
+    inputs, outputs = (rows, columns * groups) if transposed else (columns * groups, rows)
+    return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
+
+
+def _norm_attributes(norm: Any) -> dict[str, Any]:
+    tensor = norm.running_mean if norm.weight is None else norm.weight
+    return {} if tensor is None else {"num_features": tensor.shape[0]}
+
+
+def _by_weight(*names: str) -> Callable[[Any], dict[str, Any]]:
+    """Attributes named in the order of the weight's dimensions."""
+    return lambda module: dict(zip(names, _weight_shape(module), strict=True))
+
+
+_ATTRIBUTES: list[tuple[type, Callable[[Any], dict[str, Any]]]] = [
+    (nn.Linear, _by_weight("out_features", "in_features")),
+    (nn.Bilinear, _by_weight("out_features", "in1_features", "in2_features")),
+    (nn.PReLU, _by_weight("num_parameters")),
+    (_ConvNd, _conv_attributes),
+    (_NormBase, _norm_attributes),
+]

@@ -1,0 +1,356 @@
+"""The transaction: what changes when channels go, in which order, and how it is put back.
+
+Every change replaces storage (`parameter.data`), a state dict or an attribute, and never overwrites what was
+there: what was there before is the snapshot.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim import LBFGS, Optimizer
+
+from apoptorch.errors import SurgeryError
+from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
+from apoptorch.surgery.tensors import (
+    attributes,
+    constant_of,
+    effective,
+    entries,
+    folded,
+    is_known_state,
+    like,
+    named_tensors,
+    narrowed_state,
+    originals,
+    own_tensors,
+    right_inverse,
+    state_of,
+    take,
+    target_of,
+    wide,
+)
+
+
+class Surgery:
+    """A transaction that removes channels from a model.
+
+    ```
+    with Surgery(model, optimizers, followers) as surgery:
+        group = surgery.fold_(group, plan)
+        if worse(model):
+            surgery.undo_()
+    ```
+    An exception in the block, or in a method, puts everything back bit for bit. Leaving the block commits: the
+    old tensors are let go. To be used between training steps, not between forward and backward.
+
+    Args:
+        model: the model itself, without DDP or torch.compile around it.
+        optimizers: every optimizer that holds parameters of `model` or of `followers`.
+        followers: modules with the same tensors (also as a submodule: an `AveragedModel`); they keep the same
+            channels, and the folds are applied to their own weights.
+
+    Raises:
+        SurgeryError: a follower doesn't have the model's tensors, shapes and ties.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: Iterable[Optimizer] = (), followers: Iterable[nn.Module] = ()
+    ):
+        self._optimizers = list(optimizers)
+        self._networks = [model, *(_counterpart(model, follower, i) for i, follower in enumerate(followers))]
+        self._log: dict[tuple[Any, ...], Callable[[], None]] | None = {}
+
+    def __enter__(self) -> "Surgery":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.undo_()
+        self._log = None
+
+    def fold_(self, group: ChannelGroup, plan: FoldPlan) -> ChannelGroup:
+        """Remove the channels that `plan` does not keep and fold them into the survivors.
+
+        Returns:
+            `group` with its new width.
+
+        Raises:
+            SurgeryError: the plan doesn't fit the group, a slot doesn't fit its tensor, or an optimizer holds
+                state whose layout is unknown.
+        """
+        problems = _plan_problems(group, plan)
+        if not problems:
+            problems = [p for network in self._networks for p in self._slot_problems(network, group, plan)]
+        with self._attempt(problems):
+            done = set[tuple[int, int]]()
+            for network in self._networks:
+                self._fold_network_(network, group, plan, done)
+        return dataclasses.replace(group, width=len(plan.keep))
+
+    def narrow_(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """What the function `narrow_` does, as a part of this transaction; followers are left alone."""
+        network = self._networks[0]
+        with self._attempt(self._shape_problems(network, shapes)):
+            for name, tensor in named_tensors(network).items():
+                for dim, size in enumerate(shapes.get(name, ())):
+                    if size != tensor.shape[dim]:
+                        self._narrow_(tensor, dim, torch.arange(size))
+            self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
+
+    def undo_(self) -> None:
+        """Put back, bit for bit, what was there when the transaction began.
+
+        Raises:
+            SurgeryError: the transaction has ended.
+        """
+        if self._log is None:
+            raise SurgeryError(
+                "`undo_` must be called before the transaction ends. Call it in the `with` block."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            for restore in self._log.values():
+                restore()
+        self._log.clear()
+
+    @contextmanager
+    def _attempt(self, problems: Iterable[str]) -> Iterator[None]:
+        if self._log is None:
+            problems = ["A `Surgery` must be used before its transaction ends. Open a new one."]
+        if message := "\n".join(problems):
+            raise SurgeryError(message)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        except BaseException:
+            self.undo_()
+            raise
+
+    def _slot_problems(self, network: nn.Module, group: ChannelGroup, plan: FoldPlan) -> Iterator[str]:
+        """What keeps `group` from being narrowed in `network`, optimizer state included."""
+        tensors, cuts = named_tensors(network), dict[tuple[int, int], tuple[int, Fold | None]]()
+        for slot, bias, fold in _cuts(group, plan):
+            target = target_of(network, tensors, slot.tensor)
+            if target is None or (bias is not None and bias not in tensors):
+                name = slot.tensor if target is None else bias
+                rule = "be a parameter, a buffer or a parametrized attribute with right_inverse"
+                yield f"`{name}` must {rule}, got nothing by that name. Find the channel groups again."
+                continue
+            shape, size = tuple(effective(target).shape), group.width * slot.inner
+            if slot.dim >= len(shape) or shape[slot.dim] != size:
+                rule = f"have {group.width} x {slot.inner} entries in dimension {slot.dim}"
+                yield f"`{slot.tensor}` must {rule}, got shape {shape}. Find the channel groups again."
+            inner, first = cuts.setdefault((id(target), slot.dim), (slot.inner, fold))
+            if inner != slot.inner or first is not fold:
+                yield f"`{slot.tensor}` must be cut in one way, got two. Name a shared weight once in {group.name}."
+            for tensor in originals(target):
+                yield from self._tensor_problems(slot.tensor, tensor, tensor.shape)
+
+    def _shape_problems(self, network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+        tensors = named_tensors(network)
+        for name, new in shapes.items():
+            old = tuple(tensors[name].shape) if name in tensors else ()
+            if name not in tensors:
+                yield f"`{name}` must be a parameter or buffer of the model, got nothing by that name."
+            elif len(new) != len(old) or any(a != b and not 0 < a < b for a, b in zip(new, old, strict=True)):
+                rule = f"be narrowed from {old}, dimension by dimension"
+                yield f"`{name}` must {rule}, got {tuple(new)}. Build the model at its full size."
+            elif tuple(new) != old:
+                yield from self._tensor_problems(name, tensors[name], new)
+
+    def _tensor_problems(self, name: str, tensor: Tensor, new: Sequence[int]) -> Iterator[str]:
+        where = f"({name}, {tuple(tensor.shape)})"
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            yield f"`{name}` must be dense and of floating point, got {tensor.dtype} {tensor.layout} {where}."
+        for optimizer in self._optimizers:
+            for key, value in state_of(optimizer, tensor).items():
+                if not is_known_state(value, tensor.shape, new):
+                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    rule = "be a number or have its parameter's dimensions"
+                    state = f"{type(optimizer).__name__}.state[...]['{key}']"
+                    yield f"`{state}` must {rule}, got {got} {where}. Use an optimizer of torch.optim."
+
+    def _fold_network_(
+        self, network: nn.Module, group: ChannelGroup, plan: FoldPlan, done: set[tuple[int, int]]
+    ) -> None:
+        """Fold what isn't `done`: tied tensors, also those that a follower shares, are cut once a dimension."""
+        tensors, touched = named_tensors(network), set[int]()
+        for slot, bias, fold in _cuts(group, plan):  # consumers first: a fold's constant reads full rows
+            target, index = target_of(network, tensors, slot.tensor), entries(plan.keep, slot.inner)
+            if target is None:
+                continue  # not after the checks
+            touched.update(id(tensor) for tensor in originals(target))
+            if (id(target), slot.dim) in done:
+                continue
+            done.add((id(target), slot.dim))
+            weight = effective(target)
+            if bias is not None and fold is not None and fold.shift is not None:
+                b = tensors[bias]
+                self._replace_(b, (wide(b) + constant_of(weight, slot, fold.shift)).to(b.dtype), b.grad)
+            new = take(weight, slot.dim, index) if fold is None else folded(weight, slot, plan.keep, fold)
+            for original, data in zip(originals(target), right_inverse(target, new), strict=True):
+                self._narrow_(original, slot.dim, index, data)
+        self._converge_(network, touched)
+        self._follow_(network, touched)
+
+    def _narrow_(
+        self, tensor: Tensor, dim: int, index: Int64[Tensor, " k"], new: Tensor | None = None
+    ) -> None:
+        """Take `index` along `dim` of a tensor, its grad and its optimizer state; `new`: what it then holds."""
+        old, grad = tensor.shape, tensor.grad
+        data = take(tensor.detach(), dim, index) if new is None else like(new, tensor)
+        if data.shape != old:  # else only values change: weight_norm's magnitudes
+            grad = None if grad is None else take(grad, dim, index)
+            for optimizer in self._optimizers:
+                if state := state_of(optimizer, tensor):
+                    narrowed = {key: narrowed_state(value, old, dim, index) for key, value in state.items()}
+                    self._set_state_(optimizer, tensor, narrowed)
+        self._replace_(tensor, data, grad)
+
+    def _converge_(self, network: nn.Module, touched: set[int]) -> None:
+        """Set the singular vectors that spectral_norm tracks to those of the narrowed weight."""
+        chains = [module for module in network.modules() if isinstance(module, ParametrizationList)]
+        for chain in (c for c in chains if any(id(tensor) in touched for tensor in originals(c))):
+            for norm in (step for step in chain if isinstance(step, _SpectralNorm) and hasattr(step, "_u")):
+                matrix = wide(norm._reshape_weight_to_matrix(chain.original))
+                u = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -1]
+                self._replace_(norm._u, u.to(norm._u.dtype), None)
+                self._replace_(norm._v, normalize(matrix.mT @ u, dim=0).to(norm._v.dtype), None)
+
+    def _follow_(self, network: nn.Module, touched: set[int]) -> None:
+        """Let the attributes of the modules that own a touched tensor follow its shape."""
+        for module in network.modules():
+            if any(id(tensor) in touched for tensor in own_tensors(module)):
+                for name, value in attributes(module).items():
+                    if getattr(module, name) != value:
+                        self._set_attribute_(module, name, value)
+
+    def _replace_(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+        self._remember(("tensor", id(tensor)), partial(_set_tensor, tensor, tensor.data, tensor.grad))
+        _set_tensor(tensor, data, grad)
+        for optimizer in (o for o in self._optimizers if isinstance(o, LBFGS)):
+            parameters = optimizer.param_groups[0]["params"]
+            if any(parameter is tensor for parameter in parameters):
+                # It has one group, all state with the first parameter, and a history of another function.
+                self._set_state_(optimizer, parameters[0], {})
+                self._set_attribute_(optimizer, "_numel_cache", None)
+
+    def _set_state_(self, optimizer: Optimizer, tensor: Tensor, state: dict[str, Any]) -> None:
+        if tensor in optimizer.state:
+            restore = partial(optimizer.state.__setitem__, tensor, optimizer.state[tensor])
+            self._remember(("state", id(optimizer), id(tensor)), restore)
+            _set_state(optimizer, tensor, state)
+
+    def _set_attribute_(self, owner: Any, name: str, value: Any) -> None:
+        self._remember(("attribute", id(owner), name), partial(setattr, owner, name, getattr(owner, name)))
+        _set_attribute(owner, name, value)
+
+    def _remember(self, key: tuple[Any, ...], restore: Callable[[], None]) -> None:
+        """Log how to put back what `key` stands for, on its first change."""
+        if self._log is not None:
+            self._log.setdefault(key, restore)
+
+
+def narrow_(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], optimizers: Iterable[Optimizer] = ()
+) -> None:
+    """Narrow named parameters and buffers to `shapes`: the first entries stay, attributes follow. All or nothing.
+
+    Optimizer state follows too; it may have the new shape already.
+
+    Raises:
+        SurgeryError: an unknown name, or a shape that isn't the old one with some dimensions narrowed.
+    """
+    with Surgery(model, optimizers) as surgery:
+        surgery.narrow_(shapes)
+
+
+# The three functions that change something.
+
+
+def _set_tensor(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Give `tensor` new storage.
+
+    The detour over another dtype makes autograd forget the AccumulateGrad node, which knows the old shape and
+    which a live graph (a loss that the user holds) would keep alive.
+    """
+    tensor.grad = None
+    other = torch.float16 if tensor.dtype == torch.float32 else torch.float32
+    tensor.data = torch.empty(0, dtype=other, device=tensor.device)
+    tensor.data = data
+    tensor.grad = grad
+
+
+def _set_state(optimizer: Optimizer, tensor: Tensor, state: dict[str, Any]) -> None:
+    optimizer.state[tensor] = state
+
+
+def _set_attribute(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, value)
+
+
+def _layout(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of every tensor, and the first name of the tensor that it is tied to."""
+    first: dict[int, str] = {}
+    return {n: (tuple(t.shape), first.setdefault(id(t), n)) for n, t in named_tensors(module).items()}
+
+
+def _counterpart(model: nn.Module, follower: nn.Module, index: int) -> nn.Module:
+    """`follower`, or the first of its submodules, that has all of the model's tensors."""
+    layout = _layout(model)
+    for module in follower.modules():
+        other = _layout(module)
+        if layout.items() <= other.items():
+            return module
+        if layout.keys() <= other.keys():
+            break
+    else:
+        other = _layout(follower)
+    name = next(name for name in layout if other.get(name) != layout[name])
+    raise SurgeryError(
+        f"`followers[{index}]` must have the tensors of the model, with their shapes and ties, got "
+        f"{other.get(name, 'nothing')} instead of {layout[name]} ({name}). Make it a deepcopy of the model."
+    )
+
+
+def _cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
+    """Every slot of the group; a consumer's with its bias and fold, all others (None, None) are selected."""
+    folded = [(c.weight, c.bias, fold) for c, fold in zip(group.consumers, plan.folds, strict=True)]
+    return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]
+
+
+def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
+    n, k, keep, problems = group.width, len(plan.keep), plan.keep.tolist(), list[str]()
+    if plan.group != group.name or not group.prunable:
+        problems.append(
+            f"`plan` must be for {group.name} and that be prunable, got {plan.group}, {group.reason}."
+        )
+    if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= n:
+        problems.append(
+            f"`plan.keep` must be sorted distinct indices below {n}, got {plan.keep} ({group.name})."
+        )
+    if len(plan.folds) != len(group.consumers):
+        problems.append(
+            f"`plan.folds` must be one a consumer ({len(group.consumers)}), got {len(plan.folds)}."
+        )
+    for consumer, fold in zip(group.consumers, plan.folds, strict=False):
+        shift = torch.zeros(n) if fold.shift is None else fold.shift
+        where = f"({group.name} -> {consumer.weight.tensor}, {n} -> {k} channels)"
+        if fold.coeffs.shape != (n, k) or shift.shape != (n,):
+            got = f"{tuple(fold.coeffs.shape)} and {tuple(shift.shape)}"
+            problems.append(f"`coeffs` must be {n} x {k} and `shift` {n} numbers, got {got} {where}.")
+        elif not (fold.coeffs.isfinite().all() and shift.isfinite().all()):
+            problems.append(
+                f"`coeffs` and `shift` must be finite, got others {where}. Check the calibration data."
+            )
+        elif consumer.bias is None and shift.any():
+            problems.append(f"`shift` must be None or zero without a bias to take it, got others {where}.")
+    return problems
