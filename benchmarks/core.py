@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from comparison import Task, train
+from comparison import train, warm_up
 from datasets import Split
 
 from benchmarks.tasks import TASKS
@@ -96,14 +96,6 @@ def loaded(load: Callable[[], Split]) -> Split:
     return load()
 
 
-def measure(task: Task, data: Split, contender: str, seed: int) -> dict:
-    """One run, after a few untimed dense steps that wake threads and allocator."""
-    few = 10 * task.batch
-    start = data._replace(train_x=data.train_x[:few], train_y=data.train_y[:few])
-    train(replace(task, epochs=1), start, "dense")
-    return train(task, data, contender, seed, EVALUATIONS)[0]
-
-
 def main() -> None:
     names = [*TASKS, SAME_TIME, SOONER]
     parser = argparse.ArgumentParser(description=__doc__)
@@ -122,7 +114,8 @@ def main() -> None:
                 continue
             data = loaded(load)
             run["examples"] = len(data.train_x)
-            run |= measure(replace(recipe, epochs=epochs), data, contender, seed)
+            warm_up(recipe, data)
+            run |= train(replace(recipe, epochs=epochs), data, contender, seed, EVALUATIONS)[0]
             with RESULTS.open("a") as file:
                 file.write(json.dumps(run) + "\n")
             shown = ("wall_s", "metric", "parameters", "widths")

@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -178,15 +178,25 @@ def train(
                 event = apoptosis.step(x, targets=y)
             idle += [calls[-1]] if event is None else []
         meter.step(model)
-        on_step(model, loss.item(), meter)
         if meter.steps in evaluate_at:
             meter.evaluate(model)
+        on_step(model, loss.item(), meter)
     summary, history = meter.summary(model), [] if apoptosis is None else list(apoptosis.history)
     if apoptosis is not None:
         summary["apoptosis_s"] = sum(calls)
         summary["event_s"] = sum(event.seconds for event in history)
         summary["idle_share"] = median(idle) / median(training)
     return summary, history
+
+
+def warm_up(task: Task, data: Split) -> None:
+    """A few untimed dense steps, lest threads, allocator and torch's late imports count against the first run."""
+    few = 10 * task.batch
+    train(
+        replace(task, epochs=1),
+        data._replace(train_x=data.train_x[:few], train_y=data.train_y[:few]),
+        "dense",
+    )
 
 
 def ratio(dense: dict[str, Any], apoptosis: dict[str, Any]) -> dict[str, float]:

@@ -61,14 +61,13 @@ def test_higgs_refuses_other_tables_and_missing_paths(tmp_path):
         datasets.higgs(tmp_path / "nothing")
 
 
-def write_fashion(folder, shade):
+def write_fashion(folder, shade, n=3):
     folder.mkdir()
     for name in datasets.FASHION_MD5:
-        n = 3
         if "images" in name:
             body = bytes(16) + np.full((n, 28, 28), shade, np.uint8).tobytes()[:-1] + b"\0"
         else:
-            body = bytes(8) + bytes([9, 0, shade % 10])
+            body = bytes(8) + bytes([9, 0, shade % 10] * n)[:n]
         (folder / name).write_bytes(gzip.compress(body))
     return folder
 
