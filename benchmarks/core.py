@@ -116,6 +116,7 @@ def main() -> None:
             run["examples"] = len(data.train_x)
             warm_up(recipe, data)
             run |= train(replace(recipe, epochs=epochs), data, contender, seed, EVALUATIONS)[0]
+            RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(run) + "\n")
             shown = ("wall_s", "metric", "parameters", "widths")

@@ -49,7 +49,7 @@ def _fewer(dense: dict, apoptosis: dict) -> float:
 
 
 def _points(dense: dict, apoptosis: dict) -> float:
-    return 100 * (apoptosis["metric"] - dense["metric"])
+    return round(100 * (apoptosis["metric"] - dense["metric"]), 6)
 
 
 def _time_share(dense: dict, apoptosis: dict) -> float:
