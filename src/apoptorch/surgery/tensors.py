@@ -70,8 +70,8 @@ def right_inverse(target: Target, value: Any) -> Sequence[Tensor]:
 
 
 def own_tensors(module: nn.Module) -> list[Tensor]:
-    chains = module.parametrizations.parameters() if is_parametrized(module) else ()
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False), *chains]
+    chains: Any = module.parametrizations if is_parametrized(module) else nn.ModuleDict()
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False), *chains.parameters()]
 
 
 def entries(keep: Int64[Tensor, " k"], inner: int) -> Int64[Tensor, " ki"]:

@@ -5,6 +5,7 @@ there: what was there before is the snapshot.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -323,8 +324,14 @@ def _counterpart(model: nn.Module, follower: nn.Module, index: int) -> nn.Module
 
 def _cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
     """Every slot of the group; a consumer's with its bias and fold, all others (None, None) are selected."""
-    folded = [(c.weight, c.bias, fold) for c, fold in zip(group.consumers, plan.folds, strict=True)]
+    folded = [(_attribute(c.weight), c.bias, f) for c, f in zip(group.consumers, plan.folds, strict=True)]
     return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]
+
+
+def _attribute(slot: Slot) -> Slot:
+    """A consumer reads the effective weight, also where its slot names the original of a parametrization."""
+    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", slot.tensor)
+    return dataclasses.replace(slot, tensor=name)
 
 
 def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:

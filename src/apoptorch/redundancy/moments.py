@@ -1,7 +1,4 @@
-"""Which channels are redundant, and what replaces them: from activations (second moments) or from weights.
-
-Pure tensor code. Shapes: n channels, k survivors, d inputs.
-"""
+"""Redundancy in activations: second moments -> error curve and fold. Shapes: n channels, k survivors."""
 
 import math
 from dataclasses import dataclass
@@ -10,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from .errors import ArgumentError
-from .plan import Fold
+from ..errors import ArgumentError
+from ..plan import Fold
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -65,12 +62,12 @@ def select(
         multiple: their number is rounded up to a multiple of it (n at most).
         block: pivots per block.
     """
-    _check_finite(second=second, mean=mean, metric=metric)
+    check_finite(second=second, mean=mean, metric=metric)
     n, noise = len(second), _rounding(second)
     residual, metric = _centred(second, mean), metric.double()
     live = torch.arange(n, device=second.device)
     order, gains, left = [live[:0]], [residual.new_zeros(0)], _half_trace(metric, residual)
-    block, floor = _round_up(block, multiple), min(n, _round_up(floor, multiple))
+    block, floor = round_up(block, multiple), min(n, round_up(floor, multiple))
     found = 0
     while found < n and (left > stop or found < floor):
         rows, pivots = _pivot_block(residual, metric.diagonal().clamp(min=0), noise, min(block, len(live)))
@@ -126,9 +123,9 @@ def _trim(
 ) -> Selection:
     # Summed from the small end: exactly non-increasing, and no cancellation as in total - cumsum(gains).
     error = torch.cat([left[None], gains.flip(0)]).cumsum(0).flip(0)
-    k = min(n, _round_up(max(floor, int((error > stop).sum())), multiple))
+    k = min(n, round_up(max(floor, int((error > stop).sum())), multiple))
     if k > len(order):  # the rank is exhausted: any other channels fill up to the multiple
-        spare = _others(order, n)[: k - len(order)]
+        spare = others(order, n)[: k - len(order)]
         order, error = torch.cat([order, spare]), torch.cat([error, error[-1].expand(len(spare))])
     if k == n:
         error = error.index_fill(0, torch.tensor([n], device=error.device), 0.0)
@@ -147,7 +144,7 @@ def fold(
     Channels are scaled to unit variance first, so their units don't matter; `ridge` is relative to that and
     grows tenfold until the factorization succeeds. Rows of survivors are exactly the identity.
     """
-    _check_finite(second=second, mean=mean)
+    check_finite(second=second, mean=mean)
     covariance = _centred(second, mean)
     scale = covariance.diagonal().sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
@@ -179,7 +176,7 @@ def unexplained(
     fold: Fold,
 ) -> Float64[Tensor, "n n"]:
     """Second moment of a - coeffs @ a[keep] - shift; exact for any fold, zero on the survivors."""
-    lost = _others(keep, len(second))
+    lost = others(keep, len(second))
     raw, coeffs = second.double(), fold.coeffs.double()[lost]
     rest = raw if mean is None else raw - torch.outer(mean.double(), mean.double())
     half = rest[lost] - coeffs @ rest[keep]
@@ -218,16 +215,16 @@ def _half_quadratic(rows: Float64[Tensor, "b m"], metric: Float64[Tensor, "m m"]
     return 0.5 * ((rows @ metric) * rows).sum(1).clamp(min=0)
 
 
-def _others(chosen: Int64[Tensor, " k"], n: int) -> Int64[Tensor, " n-k"]:
+def others(chosen: Int64[Tensor, " k"], n: int) -> Int64[Tensor, " n-k"]:
     free = torch.ones(n, dtype=torch.bool, device=chosen.device)
     return free.index_fill_(0, chosen, False).nonzero()[:, 0]
 
 
-def _round_up(width: int, multiple: int) -> int:
+def round_up(width: int, multiple: int) -> int:
     return -(-width // multiple) * multiple
 
 
-def _check_finite(**arrays: Tensor | None) -> None:
+def check_finite(**arrays: Tensor | None) -> None:
     problems = [
         f"`{name}` must be finite, got NaN or infinity ({tuple(array.shape)}). "
         "Check the calibration batch and the model's activations on it."

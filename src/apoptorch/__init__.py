@@ -1,0 +1,17 @@
+"""Adaptive neuron apoptosis: redundant neurons are found, folded into the others and removed while a network trains."""
+
+from .apoptosis import Apoptosis
+from .errors import ApoptosisError, ArgumentError, CheckpointError, ExportError, SurgeryError
+from .plan import Event
+from .policy import Policy
+
+__all__ = [
+    "Apoptosis",
+    "ApoptosisError",
+    "ArgumentError",
+    "CheckpointError",
+    "Event",
+    "ExportError",
+    "Policy",
+    "SurgeryError",
+]

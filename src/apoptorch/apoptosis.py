@@ -1,0 +1,283 @@
+"""`Apoptosis` removes redundant neurons while a network trains. The schedule lives here, and only here."""
+
+import math
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from . import checks
+from .calibrate import Batch, LossFn
+from .errors import ArgumentError
+from .graph import trace
+from .plan import ChannelGroup, Event
+from .policy import POLICIES, Policy
+from .removal import Network, remove_
+from .surgery import named_tensors, narrow_
+from .timing import milliseconds, peak_flops
+
+
+class Apoptosis:
+    """Removes the neurons of `model` that its training makes redundant: call `step` after every optimizer.step().
+
+    Args:
+        model: the network, also inside torch.compile.
+        optimizer: one, several or none.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of one training batch.
+        loss_fn: `loss_fn(output, targets)` -> mean loss. Budgets are in its units; without it they are relative mean
+            squared changes of the model's output.
+        total_steps: number of optimizer steps of the run, where known.
+        policy: "conservative", "normal", "aggressive", or a `Policy`.
+        protect: names of modules whose outputs keep their width.
+        followers: modules of the same architecture that shrink alike (an EMA copy, a teacher).
+
+    Raises:
+        ArgumentError: something is wrong with the arguments; all problems together.
+        ExportError: the model can't be captured by torch.export.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None, *, example_inputs: Any,
+        loss_fn: LossFn | None = None, total_steps: int | None = None, policy: str | Policy = "normal",
+        protect: Sequence[str] = (), followers: Sequence[nn.Module] = (),
+    ):  # fmt: skip
+        checks.checked(checks.model_problems(model))
+        model = checks.unwrapped(model)
+        optimizers = _several(optimizer)
+        args, kwargs = checks.as_call(example_inputs)
+        problems = [*checks.follower_problems(followers)]
+        problems += checks.optimizer_problems(model, optimizers, followers if not problems else ())
+        problems += [*checks.name_problems(model, protect), *checks.call_problems(model, args, kwargs)]
+        problems += [*checks.data_problems(tree_leaves((args, kwargs))), *_setting_problems(loss_fn, total_steps, policy)]
+        checks.checked(problems)
+        self.policy = POLICIES[policy] if isinstance(policy, str) else policy
+        self.loss_fn, self.total_steps = loss_fn, total_steps
+        self.history: list[Event] = []
+        groups, costs = trace(model, args, kwargs)
+        groups = [_protected(group, protect) for group in groups]
+        self._network = Network(model, optimizers, tuple(followers), groups, costs)
+        if self.policy.cost == "milliseconds":
+            self._network.costs = milliseconds(model, groups, costs, Batch(args, kwargs))
+        self._batch_size = max(1, Batch(args, kwargs).size)
+        self._step = 0
+        self._batches: list[Batch] = []
+        self._event_step = self._first_event()
+        self._wake = self._next_wake()
+        self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
+        self._last_call = self._step_seconds = math.nan
+        self._thread: int | None = None
+        self._stepped = not optimizers
+        for item in optimizers:
+            item.register_step_post_hook(self._mark_stepped)
+
+    # -- what users call -------------------------------------------------------------------------------------
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The model's channel groups as they are now."""
+        return tuple(self._network.groups)
+
+    def step(self, *inputs: Any, targets: Any = None, **kwinputs: Any) -> Event | None:
+        """Call once after every optimizer.step(), with the batch just trained on.
+
+        Returns:
+            The event if neurons were removed, or a removal was undone, else None.
+
+        Raises:
+            ArgumentError: called within autocast or inference mode, between forward and backward, from a second
+                thread, or with NaN, infinite or empty data while data is being gathered.
+        """
+        self._check_moment()
+        self._step += 1
+        if self._step < self._wake:
+            return None
+        return self._gather(Batch(inputs, kwinputs, targets))
+
+    def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
+        """One removal now, planned on three quarters of this batch and judged on the rest.
+
+        Args:
+            budget: predicted increase of the loss, in its units; the policy's share of the loss if None.
+
+        Raises:
+            ArgumentError: as for `step`.
+        """
+        checks.checked(checks.moment_problems(self._thread))
+        batch = Batch(inputs, kwinputs, targets)
+        checks.checked([*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)])
+        calibration, held_out = split(batch)
+        return self._remove([calibration], [held_out], budget)
+
+    def explain(self) -> str:
+        """Why each group did or did not shrink, one line each."""
+        lines, outlook = [], f"next look at step {self._event_step}" if self._wake < _NEVER else "no look is planned"
+        for group in self.groups:
+            change = f"{group.name}: {group.full_width} -> {group.width} channels"
+            undone = [e for e in self.history if e.rolled_back and any(c.group == group.name for c in e.changes)]
+            if not group.prunable:
+                change = f"{group.name}: keeps its {group.width} channels: {group.reason}"
+            elif group.width == group.full_width and undone:
+                change += f": {undone[-1].reason}"
+            elif group.width == group.full_width and self.history:
+                change += ": no redundancy found within the budget; policy='aggressive' spends more"
+            elif group.width == group.full_width:
+                change += ": nothing was tried yet; " + outlook
+            lines.append(change)
+        return "\n".join(lines)
+
+    def report(self, path: str) -> None:
+        """Writes the run as one self-contained HTML file (needs the `report` extra)."""
+        from .report import write_html
+
+        write_html([event.to_json() for event in self.history], path, self.explain())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
+        return {
+            "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale,
+            "fraction": self._fraction, "event_seconds": self._event_seconds,
+            "widths": self._network.widths, "history": [event.to_json() for event in self.history],
+            "shapes": {name: list(t.shape) for name, t in named_tensors(self._network.model).items()},
+            "batches": [[list(b.args), b.kwargs, b.targets] for b in self._batches],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume. Narrows model, optimizers and followers to the saved widths; load their own states after that.
+
+        Raises:
+            ArgumentError: the state is of another model.
+            SurgeryError: the shapes don't fit.
+        """
+        if set(state["widths"]) != set(self._network.widths):
+            raise ArgumentError([f"`state` must be of this model, got groups {sorted(state['widths'])}. Build the same model."])
+        for module in (self._network.model, *self._network.followers):
+            narrow_(module, state["shapes"], self._network.optimizers)
+        self._network.groups = [replace(g, width=state["widths"][g.name]) for g in self._network.groups]
+        self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
+        self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]
+        self.history = [Event.from_json(event) for event in state["history"]]
+        self._batches = [Batch(tuple(args), kwargs, targets) for args, kwargs, targets in state["batches"]]
+        self._thread, self._last_call = None, math.nan
+
+    # -- the schedule ----------------------------------------------------------------------------------------
+    def _first_event(self) -> int:
+        return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), self._batches_wanted())
+
+    def _batches_wanted(self) -> int:
+        return max(3, math.ceil(1.5 * self.policy.samples / self._batch_size))
+
+    def _next_wake(self) -> int:
+        """Gathering begins in time for the event, if one can still come."""
+        last = self.policy.stop * self.total_steps if self.total_steps else math.inf
+        begin = max(self._step + 1, self._event_step - self._batches_wanted() + 1)
+        return begin if self._event_step <= last else _NEVER
+
+    def _gather(self, batch: Batch) -> Event | None:
+        """Keeps a copy of the batch; on the event's step, removes neurons if that is expected to pay."""
+        checks.checked(checks.data_problems(tree_leaves((batch.args, batch.kwargs))))
+        now = time.perf_counter()
+        if len(self._batches) == 1:
+            self._step_seconds = now - self._last_call
+        elif self._batches:
+            self._step_seconds = min(self._step_seconds, now - self._last_call)
+        self._batches.append(batch.map(lambda tensor: tensor.detach().clone()))
+        event = None
+        if self._step >= self._event_step and len(self._batches) >= 3:
+            batches, self._batches = self._batches, []
+            if self._pays():
+                event = self._remove(batches[0::3] + batches[1::3], batches[2::3], None)
+            self._event_step = math.ceil(self._step * self.policy.gap)
+            self._wake = self._next_wake()
+        self._last_call = time.perf_counter()
+        return event
+
+    def _pays(self) -> bool:
+        """Is the event expected to save `payback` times its cost in the steps that remain?"""
+        remaining = (self.total_steps or 2 * self._step) - self._step
+        device = next(self._network.model.parameters()).device
+        busy = min(1.0, 3 * self._network.flops() / (self._step_seconds * peak_flops(device)))
+        cost = self._event_seconds or self._batches_wanted() * self._step_seconds + 0.03
+        return remaining * self._step_seconds * busy * self._fraction >= self.policy.payback * cost
+
+    def _remove(self, calibration: Sequence[Batch], held_out: Sequence[Batch], budget: float | None) -> Event:
+        event = remove_(
+            self._network, calibration, held_out, self.loss_fn, self.policy, budget, scale=self._scale, step=self._step
+        )
+        self.history.append(event)
+        self._scale *= 0.3 if event.rolled_back else 1.0
+        self._fraction = max(0.0, 1 - event.flops_after / event.flops_before)
+        self._event_seconds = event.seconds
+        return event
+
+    # -- at each step ----------------------------------------------------------------------------------------
+    def _check_moment(self) -> None:
+        """Cheap: runs at every step."""
+        if self._thread is None:
+            self._thread = threading.get_ident()
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.is_inference_mode_enabled() or (
+            self._thread != threading.get_ident()
+        ):
+            checks.checked(checks.moment_problems(self._thread))
+        if not self._stepped:
+            self._check_stepped()
+        self._stepped = not self._network.optimizers
+
+    def _check_stepped(self) -> None:
+        """No optimizer stepped since the last call: fine if a GradScaler skipped the step, else the wrong place."""
+        gradients = [p.grad for p in self._network.model.parameters() if p.grad is not None]
+        skipped = self._step > 0 and not gradients or any(not bool(g.isfinite().all()) for g in gradients)
+        if not skipped:
+            raise ArgumentError([
+                "`step` must be called once after every optimizer.step(), got a call without one since the last: "
+                "between forward and backward nothing can be removed. Move it behind optimizer.step()."
+            ])  # fmt: skip
+
+    def _mark_stepped(self, *_: Any) -> None:
+        self._stepped = True
+
+
+_NEVER = 2**62
+
+
+def split(batch: Batch) -> tuple[Batch, Batch]:
+    """Three quarters to plan on and a quarter to judge on; the same batch twice if it can't be divided."""
+    size = batch.size
+    leaves = [leaf for leaf in tree_leaves((batch.args, batch.kwargs, batch.targets)) if isinstance(leaf, Tensor)]
+    if size < 4 or any(leaf.ndim == 0 or len(leaf) != size for leaf in leaves):
+        return batch, batch
+    cut = size - max(1, size // 4)
+    return batch.map(lambda tensor: tensor[:cut]), batch.map(lambda tensor: tensor[cut:])
+
+
+def _several(optimizer: Any) -> tuple[Any, ...]:
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+
+
+def _protected(group: ChannelGroup, protect: Sequence[str]) -> ChannelGroup:
+    owners = [slot.tensor.split(".parametrizations.")[0] for slot in group.producers]
+    for name in protect:
+        if any(owner == name or owner.startswith(f"{name}.") for owner in owners):
+            reason = "; ".join(filter(None, (f"protected by protect=({name!r},)", group.reason)))
+            return replace(group, prunable=False, reason=reason)
+    return group
+
+
+def _budget_problems(budget: float | None) -> Iterable[str]:
+    if budget is not None and not (isinstance(budget, int | float) and budget >= 0 and math.isfinite(budget)):
+        yield f"`budget` must be a finite number >= 0, got {budget!r}. Give the loss increase that is allowed."
+
+
+def _setting_problems(loss_fn: Any, total_steps: Any, policy: Any) -> Iterable[str]:
+    if loss_fn is not None and not callable(loss_fn):
+        yield f"`loss_fn` must be callable as loss_fn(output, targets), got {type(loss_fn).__name__}. Pass a function."
+    if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
+        yield f"`total_steps` must be a positive integer, got {total_steps!r}. Count the optimizer steps of the run."
+    if not isinstance(policy, Policy) and policy not in POLICIES:
+        yield f"`policy` must be one of {', '.join(map(repr, POLICIES))} or a Policy, got {policy!r}. Choose one."

@@ -1,0 +1,262 @@
+"""What calibration batches say: moments of each group at its consumers' inputs, losses and predictions.
+
+Shapes: N inputs in all batches, n channels of a group. A consumer reads n channels at every position (pixels of a
+convolution, entries of a flattened block); positions count as samples of the second moment and as terms of the loss.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .graph import preserved
+from .plan import ChannelGroup, Slot
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one call of the model, and the targets that go with them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any = None
+
+    @property
+    def size(self) -> int:
+        """Number of inputs: the first dimension of the first tensor."""
+        return next((len(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if torch.is_tensor(leaf) and leaf.ndim), 0)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with `function` applied to every tensor."""
+        tensors = tree_map(lambda leaf: function(leaf) if torch.is_tensor(leaf) else leaf, (self.args, self.kwargs, self.targets))
+        return Batch(*tensors)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A group at its consumers' inputs, averaged over samples and positions.
+
+    Attributes:
+        second: E[a a^T].
+        mean: E[a], or None where a consumer can't take a constant exactly.
+        metric: Q, such that 1/2 tr(Q S) is the predicted loss increase when S is the residual second moment.
+        energy: V^T V summed over consumers and taps: tr(energy second) is the consumers' mean squared output.
+    """
+
+    second: Float64[Tensor, "n n"]
+    mean: Float64[Tensor, " n"] | None
+    metric: Float64[Tensor, "n n"]
+    energy: Float64[Tensor, "n n"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss, the loss of each batch, predicted classes (None if there are none) and flat outputs."""
+
+    samples: int
+    loss: float
+    losses: tuple[float, ...]
+    predictions: Int64[Tensor, " N"] | None
+    outputs: tuple[Tensor, ...]
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, batch norm as in training if the model trains; modes, buffers and RNG come back as they were."""
+    with preserved(model), parametrize.cached():
+        for module in model.modules():
+            module.training = module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        yield
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The weight that the forward pass uses: through its parametrization, if it has one."""
+    path, parametrized, rest = name.partition(".parametrizations.")
+    attribute = rest.split(".")[0]
+    if not parametrized:
+        path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One tensor that consumers of a group read, and what they made of it."""
+
+    group: str
+    slot: Slot
+    weight: Tensor
+    source: Tensor
+    output: Tensor
+
+
+class _Reader(TorchFunctionMode):
+    """Sees every op of a forward pass and keeps the inputs of those that read a known weight."""
+
+    def __init__(self, weights: dict[int, tuple[str, Slot, Tensor]]):
+        super().__init__()
+        self.weights = weights
+        self.readings: list[_Reading] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = [self.weights[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self.weights]
+        if known and not args[0].requires_grad:  # frozen layers below: let gradients start here
+            args = (args[0].detach().requires_grad_(), *args[1:])
+        output = func(*args, **kwargs)
+        if torch.is_tensor(output) and output.is_floating_point():
+            self.readings += [_Reading(group, slot, weight, args[0], output) for group, slot, weight in known]
+        return output
+
+
+def _matrix(x: Tensor, reading: _Reading) -> Tensor:
+    """A consumer's input (or its gradient) as samples and positions x n channels."""
+    ndim = reading.weight.ndim
+    dim = -1 if ndim == 2 else (1 if x.ndim == ndim else 0)
+    blocks = x.detach().movedim(dim, -1).unflatten(-1, (-1, reading.slot.inner))
+    return blocks.transpose(-1, -2).flatten(0, -2)
+
+
+class _Sums:
+    """Running sums of one group's moments."""
+
+    def __init__(self) -> None:
+        self.second = self.mean = self.metric = self.curvature = 0.0  # tensors after the first batch
+        self.positions = self.outputs = 0
+
+    def add(self, reading: _Reading, gradient: Tensor, output_gradient: Tensor | None, terms: int) -> None:
+        a, u = _matrix(reading.source, reading), _matrix(gradient, reading)
+        self.second += (a.mT @ a).double()
+        self.mean += a.double().sum(0)
+        self.metric += terms * (u.mT @ u).double()
+        self.positions += len(a)
+        if output_gradient is not None:
+            self.curvature += terms * output_gradient.double().square().sum() / reading.weight.shape[0]
+
+
+def measure(
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float
+) -> dict[str, Moments]:
+    """Moments of every group, from one forward and one backward pass to the activations a batch.
+
+    `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
+    Without `loss_fn` the "loss" is the relative mean squared change of the model's output.
+    """
+    sums: dict[str, _Sums] = {group.name: _Sums() for group in groups}
+    energy: dict[str, Tensor] = {}
+    with calibrating(model), torch.enable_grad():
+        weights: dict[int, tuple[str, Slot, Tensor]] = {}
+        for group in groups:
+            for consumer in group.consumers:
+                weight = weight_of(model, consumer.weight.tensor)
+                weights[id(weight)] = (group.name, consumer.weight, weight)
+                columns = weight.detach().movedim(consumer.weight.dim, 0).unflatten(0, (group.width, -1)).flatten(1)
+                energy[group.name] = energy.get(group.name, 0.0) + (columns @ columns.mT).double()
+        for batch in batches:
+            with _Reader(weights) as reader:
+                output = model(*batch.args, **batch.kwargs)
+            _accumulate(sums, reader.readings, output, batch, loss_fn, damping > 0)
+    moments = {}
+    for group in groups:
+        total, number = sums[group.name], len(batches)
+        metric = total.metric / number + damping * total.curvature / number * energy[group.name]
+        constant = all(consumer.bias for consumer in group.consumers)
+        mean = total.mean / total.positions if constant else None
+        moments[group.name] = Moments(total.second / total.positions, mean, metric, energy[group.name])
+    return moments
+
+
+def _accumulate(
+    sums: dict[str, _Sums], readings: list[_Reading], output: Any, batch: Batch, loss_fn: LossFn | None, damped: bool
+) -> None:
+    leaves, gradients, terms = _output_gradients(output, batch, loss_fn)
+    sources = {id(reading.source): reading.source for reading in readings}
+    wanted = [*sources.values(), *(reading.output for reading in readings if damped)]
+    found = torch.autograd.grad(leaves, wanted, gradients, allow_unused=True)
+    of_source = dict(zip(sources, found, strict=False))
+    of_output = found[len(sources) :] if damped else [None] * len(readings)
+    seen = set()
+    for reading, output_gradient in zip(readings, of_output, strict=True):
+        gradient = of_source[id(reading.source)]
+        if gradient is None:  # nothing that the loss sees depends on it
+            gradient = torch.zeros_like(reading.source)
+        if (reading.group, id(reading.source)) not in seen:  # two consumers of one tensor: its gradient has both
+            seen.add((reading.group, id(reading.source)))
+            sums[reading.group].add(reading, gradient, output_gradient, terms)
+
+
+def _output_gradients(output: Any, batch: Batch, loss_fn: LossFn | None) -> tuple[list[Tensor], list[Tensor], int]:
+    """Output tensors, the vectors to send back from them, and the number of terms that the loss averages.
+
+    With a loss: its gradient (empirical Fisher), scaled so that its trace is that of the loss's Hessian at the output
+    (the two differ once examples are fitted: the gradients vanish before the curvature does). Without: Gaussian probes.
+    """
+    leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad]
+    if loss_fn is None:
+        scale = math.sqrt(sum(leaf.detach().double().square().sum().item() for leaf in leaves) / 2) or 1.0
+        return leaves, [torch.randn_like(leaf) / scale for leaf in leaves], 1
+    fresh = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
+    loss = loss_fn(tree_map(lambda leaf: fresh.get(id(leaf), leaf), output), batch.targets)
+    found = torch.autograd.grad(loss, list(fresh.values()), create_graph=True, allow_unused=True)
+    used = [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None]
+    terms = _loss_terms(batch)
+    curvature = 0.0
+    if smooth := [(leaf, g) for leaf, g in used if g.requires_grad]:
+        signs = [torch.randint_like(g, 2) * 2 - 1 for _, g in smooth]
+        inner = [fresh[id(leaf)] for leaf, _ in smooth]
+        second = torch.autograd.grad([g for _, g in smooth], inner, signs, allow_unused=True)
+        curvature = sum(((s * h).sum() for s, h in zip(signs, second, strict=True) if h is not None), torch.zeros(())).item()
+    fisher = terms * sum(g.detach().square().sum().item() for _, g in used)
+    scale = math.sqrt(curvature / fisher) if curvature > 0 and fisher > 0 else 1.0
+    return [leaf for leaf, _ in used], [g.detach() * scale for _, g in used], terms
+
+
+def _loss_terms(batch: Batch) -> int:
+    """How many terms a mean loss averages: one for each class label, else one for each input."""
+    labels = [leaf for leaf in tree_leaves(batch.targets) if torch.is_tensor(leaf) and not leaf.is_floating_point()]
+    return labels[0].numel() if len(labels) == 1 else batch.size
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None) -> Evaluation:
+    """Mean loss (NaN without `loss_fn`), predicted classes and outputs on these batches, in calibration mode."""
+    losses, predictions, outputs, samples = [], [], [], [batch.size for batch in batches]
+    with calibrating(model):
+        for batch in batches:
+            output = model(*batch.args, **batch.kwargs)
+            losses.append(float(loss_fn(output, batch.targets)) if loss_fn else math.nan)
+            leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
+            predictions.append(_classes(leaves[0], batch.targets) if leaves else None)
+            outputs.append(torch.cat([leaf.flatten() for leaf in leaves]) if leaves else torch.zeros(0))
+    loss = sum(x * n for x, n in zip(losses, samples, strict=True)) / max(1, sum(samples))
+    classes = [p for p in predictions if p is not None]
+    known = torch.cat(classes) if classes and len(classes) == len(batches) else None
+    return Evaluation(sum(samples), loss, tuple(losses), known, tuple(outputs))
+
+
+def _classes(output: Tensor, targets: Any) -> Tensor | None:
+    """Predicted classes where the targets say that there are any: argmax for labels, sign for 0/1 targets."""
+    if not torch.is_tensor(targets):
+        return None
+    if not targets.is_floating_point() and output.ndim == targets.ndim + 1:
+        along = 1 if output.shape[:1] + output.shape[2:] == targets.shape else -1
+        return output.argmax(along).flatten()
+    if output.numel() == targets.numel() and bool(((targets == 0) | (targets == 1)).all()):
+        threshold = 0.5 if bool(((output >= 0) & (output <= 1)).all()) else 0.0
+        return (output > threshold).long().flatten()
+    return None
+
+
+def output_change(before: Evaluation, after: Evaluation) -> float:
+    """Relative mean squared change of the model's outputs."""
+    change = sum((a - b).double().square().sum().item() for a, b in zip(after.outputs, before.outputs, strict=True))
+    return change / (sum(b.double().square().sum().item() for b in before.outputs) or 1.0)

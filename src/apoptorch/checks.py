@@ -1,0 +1,135 @@
+"""What is checked at the door. Every check yields its problems; all of them are reported together."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from .calibrate import calibrating
+from .errors import ArgumentError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, without torch.compile around it.
+
+    Raises:
+        ArgumentError: the model is wrapped for distributed training, which this version doesn't follow.
+    """
+    model = getattr(model, "_orig_mod", model)
+    wrapper = type(model).__name__
+    if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or wrapper.startswith("FSDP"):
+        raise ArgumentError([
+            f"`model` must not be wrapped for distributed training, got {wrapper}: its buckets and shards are not "
+            "narrowed yet. Train on one process, or use apoptorch.shrink on the trained model."
+        ])  # fmt: skip
+    return model
+
+
+def checked(problems: Iterable[str]) -> None:
+    """Raises one ArgumentError with all problems, if there are any."""
+    if found := list(problems):
+        raise ArgumentError(found)
+
+
+def model_problems(model: Any) -> Iterator[str]:
+    if not isinstance(model, nn.Module):
+        yield f"`model` must be a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
+        return
+    parameters = list(model.named_parameters())
+    if not parameters:
+        yield f"`model` must have parameters, got {type(model).__name__} without any. Initialise lazy modules first."
+        return
+    home = parameters[0][1].device
+    for name, parameter in parameters:
+        where = f"({name}, shape {tuple(parameter.shape)})"
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            yield f"`model` must be initialised, got a lazy parameter ({name}). Run one forward pass first."
+        elif parameter.device != home:
+            yield f"`model` must be on one device, got {parameter.device} besides {home} {where}. Move it with model.to()."
+        elif not parameter.is_floating_point():
+            yield f"`model` must have floating-point parameters, got {parameter.dtype} {where}. Make it a buffer."
+        elif parameter.device.type == "meta":
+            yield f"`model` must hold values, got a parameter on the meta device {where}. Materialise it first."
+
+
+def optimizer_problems(model: nn.Module, optimizers: Sequence[Any], followers: Sequence[nn.Module]) -> Iterator[str]:
+    known = {id(p) for module in (model, *followers) for p in module.parameters()}
+    for i, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, Optimizer):
+            yield f"`optimizer` must be a torch.optim.Optimizer or several, got {type(optimizer).__name__} (number {i})."
+            continue
+        owned = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(id(p) in known for p in owned):
+            yield (
+                f"`optimizer` must own parameters of `model`, got {type(optimizer).__name__} (number {i}) with "
+                f"{len(owned)} parameters, none of them the model's. Build it from model.parameters()."
+            )
+
+
+def follower_problems(followers: Sequence[Any]) -> Iterator[str]:
+    for i, follower in enumerate(followers):
+        if not isinstance(follower, nn.Module):
+            yield f"`followers` must be modules, got {type(follower).__name__} (number {i}). Pass e.g. an AveragedModel."
+
+
+def name_problems(model: nn.Module, protect: Any) -> Iterator[str]:
+    if isinstance(protect, str) or not all(isinstance(name, str) for name in protect):
+        yield f"`protect` must be a sequence of module names, got {protect!r}. Write protect=('encoder.0',)."
+        return
+    modules = dict(model.named_modules())
+    for name in protect:
+        if name not in modules or not name:
+            near = [other for other in modules if other and (name in other or other.rpartition(".")[2] == name)]
+            yield (
+                f"`protect` must name modules of the model, got {name!r}. "
+                + (f"Did you mean {', '.join(map(repr, near[:3]))}?" if near else "See model.named_modules().")
+            )
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of one call: from a tensor, a tuple or list, or a dict of keywords."""
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def call_problems(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
+    """Does the model run on these inputs, and gives finite numbers?"""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
+    if not tensors or any(t.numel() == 0 for t in tensors):
+        yield f"`example_inputs` must hold at least one input, got {shapes}. Pass one batch of the training data."
+        return
+    try:
+        with calibrating(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - a forward pass raises whatever the user wrote
+        yield (
+            f"`example_inputs` must fit model.forward, got {shapes}: {type(error).__name__}: {str(error)[:300]}. "
+            "Pass a tensor, a tuple of positional or a dict of keyword arguments, as in training."
+        )
+
+
+def moment_problems(thread: int | None) -> Iterator[str]:
+    """May the model be changed now: outside autocast and inference mode, by the thread that began?"""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            yield f"`step` must be called outside torch.autocast, got {device} autocast enabled. Leave the block first."
+    if torch.is_inference_mode_enabled():
+        yield "`step` must be called outside torch.inference_mode, which would break the next backward. Leave it first."
+    if thread not in (None, threading.get_ident()):
+        yield "`step` must be called by one thread, got a second one. Call it where the optimizer steps."
+
+
+def data_problems(tensors: Iterable[Any]) -> Iterator[str]:
+    """Calibration data must not be empty, NaN or infinite."""
+    for i, tensor in enumerate(leaf for leaf in tensors if isinstance(leaf, Tensor)):
+        if tensor.numel() == 0:
+            yield f"`inputs` must not be empty, got shape {tuple(tensor.shape)} (tensor {i}). Pass a batch of data."
+        elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            yield f"`inputs` must be finite, got {bad} NaN or infinite values (tensor {i}, shape {tuple(tensor.shape)})."

@@ -1,0 +1,64 @@
+"""How boldly neurons are removed, as plain data."""
+
+from dataclasses import dataclass
+
+from .errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How boldly neurons are removed. The three names "conservative", "normal", "aggressive" are `POLICIES`.
+
+    Attributes:
+        share: budget of one event, as a share of the present loss.
+        start: the first event comes after this share of the run ...
+        first_step: ... but not before this step.
+        gap: the step of each event is that of the one before, times this.
+        stop: no event after this share of the run.
+        payback: an event happens if it is expected to save this many times what it costs.
+        samples: inputs on which a removal is planned; half as many again are held out to judge it.
+        damping: see `calibrate.measure`.
+        multiple, floor: widths are multiples of `multiple`, and at least `floor`.
+        guard: a removal is undone if the loss on held-out data rises by more than `guard` times the budget.
+        confidence: of the certificate's limit on changed predictions.
+        max_loss_increase, max_changed_predictions: hard limits; a removal that can't show them is undone.
+        cost: what removals should save: "flops", or measured "milliseconds".
+    """
+
+    share: float = 1e-3
+    start: float = 0.025
+    first_step: int = 30
+    gap: float = 2.2
+    stop: float = 0.5
+    payback: float = 3.0
+    samples: int = 2048
+    damping: float = 1.0
+    multiple: int = 8
+    floor: int = 8
+    guard: float = 30.0
+    confidence: float = 0.95
+    max_loss_increase: float | None = None
+    max_changed_predictions: float | None = None
+    cost: str = "flops"
+
+    def __post_init__(self) -> None:
+        rules = {
+            "share": self.share > 0, "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
+            "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
+            "damping": self.damping >= 0, "multiple": self.multiple >= 1, "floor": self.floor >= 1,
+            "guard": self.guard > 0, "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
+        }  # fmt: skip
+        problems = [
+            f"`{name}` must be in its range, got {getattr(self, name)!r}. See help(apoptorch.Policy)."
+            for name, holds in rules.items()
+            if not holds
+        ]
+        if problems:
+            raise ArgumentError(problems)
+
+
+POLICIES = {
+    "conservative": Policy(share=3e-4),
+    "normal": Policy(),
+    "aggressive": Policy(share=3e-3),
+}

@@ -1,0 +1,189 @@
+"""One removal, start to end: measure, plan, apply, check, and put back if it hurt. Knows no schedule."""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .bounds import clopper_pearson_upper
+from .budget import flops, spend
+from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, output_change
+from .errors import ArgumentError
+from .plan import Certificate, ChannelGroup, CostTerm, Event, FoldPlan, GroupChange
+from .policy import Policy
+from .redundancy import Selection, fold, select, unexplained
+from .surgery import Surgery
+
+
+@dataclass
+class Network:
+    """A traced model and all that must shrink with it. `groups` follows the removals."""
+
+    model: nn.Module
+    optimizers: tuple[Optimizer, ...]
+    followers: tuple[nn.Module, ...]
+    groups: list[ChannelGroup]
+    costs: list[CostTerm]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {group.name: group.width for group in self.groups}
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def flops(self) -> float:
+        """Forward FLOPs of the example inputs at the present widths."""
+        return flops(self.costs, self.widths)
+
+    def prunable(self, floor: int) -> list[ChannelGroup]:
+        return [group for group in self.groups if group.prunable and group.width > floor]
+
+    def open_costs(self, groups: Sequence[ChannelGroup]) -> list[CostTerm]:
+        """Cost terms of which only `groups` are variables: the widths of all others are multiplied in."""
+        names, widths, terms = {group.name for group in groups}, self.widths, []
+        for term in self.costs:
+            sides = [term.out_group, term.in_group]
+            fixed = math.prod(widths[side] for side in sides if side and side not in names)
+            terms.append(CostTerm(term.flops * fixed, *(side if side in names else None for side in sides)))
+        return terms
+
+
+def remove_(
+    network: Network, calibration: Sequence[Batch], held_out: Sequence[Batch], loss_fn: LossFn | None, policy: Policy,
+    budget: float | None = None, *, scale: float = 1.0, step: int = 0,
+) -> Event:  # fmt: skip
+    """Plan on `calibration`, apply, check on `held_out`; a removal that breaks a limit is undone and says so.
+
+    Without `budget` it is `scale` times the policy's share of the present loss (of 1 without `loss_fn`).
+
+    Raises:
+        ArgumentError: the calibration data is empty, or the model's loss on it isn't finite.
+        SurgeryError: the removal failed half-way; everything was put back.
+    """
+    start = time.perf_counter()
+    before = evaluate(network.model, held_out, loss_fn)
+    _check_calibration(calibration, before, loss_fn)
+    if budget is None:
+        budget = policy.share * scale * (before.loss if loss_fn else 1.0)
+    groups = network.prunable(policy.floor)
+    moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
+    plans, errors = plan(network, groups, moments, policy, budget)
+    draft = _draft(network, step, budget, plans, errors)
+    if not plans:
+        return replace(draft, seconds=time.perf_counter() - start, reason="no redundancy found within the budget")
+    with Surgery(network.model, network.optimizers, network.followers) as surgery:
+        by_name = {group.name: group for group in groups}
+        shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
+        after = evaluate(network.model, held_out, loss_fn)
+        increase, reason = judge(before, after, policy, budget, loss_fn)
+        if reason is not None:
+            surgery.undo_()
+        else:
+            network.groups = [shrunk.get(group.name, group) for group in network.groups]
+    return replace(
+        draft, widths_after=network.widths, parameters_after=network.parameters, flops_after=network.flops(),
+        measured=increase, certificate=certify(before, after, policy.confidence, increase),
+        rolled_back=reason is not None, reason=reason, seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def plan(
+    network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy, budget: float
+) -> tuple[list[FoldPlan], dict[str, float]]:
+    """Fold plans that spend the budget where it saves most; and each group's unexplained share of output energy."""
+    selections: dict[str, Selection] = {}
+    curves: dict[str, Float64[Tensor, " n+1"]] = {}
+    for group in groups:
+        m = moments[group.name]
+        selections[group.name] = select(
+            m.second, m.mean, m.metric, stop=budget / 50, floor=policy.floor, multiple=policy.multiple
+        )
+        curves[group.name] = selections[group.name].curve(group.width, policy.floor)
+    widths = spend(
+        curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=policy.floor
+    )
+    plans, errors = [], {}
+    for group in groups:
+        if widths[group.name] < group.width:
+            m, name = moments[group.name], group.name
+            keep = selections[name].order[: widths[name]].sort().values
+            regression = fold(m.second, m.mean, keep)
+            rest = unexplained(m.second, m.mean, keep, regression)
+            errors[name] = float((m.energy * rest).sum() / (m.energy * m.second).sum())
+            predicted = float(curves[name][widths[name]])
+            plans.append(FoldPlan(name, keep, (regression,) * len(group.consumers), predicted))
+    return plans, errors
+
+
+def judge(
+    before: Evaluation, after: Evaluation, policy: Policy, budget: float, loss_fn: LossFn | None
+) -> tuple[float, str | None]:
+    """The measured loss increase on held-out data, and why the removal must be undone (None if it need not)."""
+    if loss_fn is None:
+        increase, spread = output_change(before, after), 0.0
+    else:
+        pairs = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
+        increase = after.loss - before.loss
+        spread = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+    if not math.isfinite(increase):
+        return increase, "the loss on held-out data is no longer finite"
+    if increase - spread > policy.guard * budget:
+        return increase, (
+            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), more than "
+            f"{policy.guard:g} times the budget {budget:.3g}"
+        )
+    if policy.max_loss_increase is not None and increase + spread > policy.max_loss_increase:
+        return increase, f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})"
+    share = certify(before, after, policy.confidence, increase).changed_upper
+    if policy.max_changed_predictions is not None and (share is None or share > policy.max_changed_predictions):
+        return increase, (
+            f"at most {policy.max_changed_predictions:g} changed predictions can't be shown at confidence "
+            f"{policy.confidence:g} (upper limit {'none: no classes' if share is None else format(share, '.3g')})"
+        )
+    return increase, None
+
+
+def certify(before: Evaluation, after: Evaluation, confidence: float, increase: float) -> Certificate:
+    """What held-out data shows of a removal: loss change, and an upper limit on changed predictions."""
+    changed = upper = None
+    if before.predictions is not None and after.predictions is not None and len(before.predictions):
+        changed = int((before.predictions != after.predictions).sum())
+        upper = clopper_pearson_upper(changed, len(before.predictions), confidence)
+    loss = (before.loss, after.loss) if math.isfinite(before.loss) else (0.0, increase)
+    return Certificate(before.samples, *loss, changed, upper, confidence)
+
+
+def _draft(
+    network: Network, step: int, budget: float, plans: Sequence[FoldPlan], errors: dict[str, float]
+) -> Event:
+    widths, size, cost = network.widths, network.parameters, network.flops()
+    changes = tuple(
+        GroupChange(item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors.get(item.group))
+        for item in plans
+    )
+    return Event(
+        step, changes, widths, widths, size, size, cost, cost, 0.0, budget,
+        math.fsum(item.predicted for item in plans) if plans else None, None, None, None,
+    )  # fmt: skip
+
+
+def _check_calibration(calibration: Sequence[Batch], before: Evaluation, loss_fn: LossFn | None) -> None:
+    problems = []
+    if not sum(batch.size for batch in calibration) or not before.samples:
+        problems.append("`inputs` must hold at least one input, got an empty batch. Pass a batch of training data.")
+    elif not all(bool(output.isfinite().all()) for output in before.outputs):
+        problems.append("`inputs` must give finite outputs, got NaN or infinity. Check the data and the weights.")
+    elif loss_fn is not None and not math.isfinite(before.loss):
+        problems.append(f"`loss_fn` must give a finite loss, got {before.loss}. Check the targets.")
+    if problems:
+        raise ArgumentError(problems)
+
+
