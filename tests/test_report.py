@@ -11,6 +11,7 @@ from rich.console import Console
 
 from apoptorch.plan import Event
 from apoptorch.report.figures import plot_metric, plot_widths, save_comparison
+from apoptorch.report.html import write_html
 from apoptorch.report.terminal import history_table
 
 
@@ -37,7 +38,7 @@ def event(step, before, after, rolled_back=False, reason=None):
 
 @pytest.fixture
 def history():
-    full, half = {"1": 64, "3": 32}, {"1": 16, "3": 24}
+    full, half = {"1": 64, "3": 32, "5": 10}, {"1": 16, "3": 24, "5": 10}
     return [event(10, full, half), event(20, half, half, rolled_back=True, reason="loss rose by 0.2")]
 
 
@@ -45,7 +46,7 @@ def test_table_has_one_row_per_event_and_says_what_was_undone(history):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(history_table(history))
     removed, undone = (line for line in console.export_text().splitlines() if "2,500" in line)
-    assert "16 24" in removed
+    assert "16 24 10" in removed
     assert "removed 56" in removed
     assert "+5.0e-04" in removed
     assert "undone: loss rose by 0.2" in undone
@@ -73,6 +74,17 @@ def test_metric_curves_keep_their_points():
 def test_picture_is_written_also_when_nothing_happened(tmp_path, history, events):
     save_comparison(tmp_path / "run.png", history[:events], {"dense": [(1.0, 0.5)]})
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("events", [0, 2])
+def test_html_page_needs_nothing_else_and_escapes_what_it_quotes(tmp_path, history, events):
+    write_html([e.to_json() for e in history[:events]], tmp_path / "run.html", "3: 32 -> 24 <channels>")
+    page = (tmp_path / "run.html").read_text()
+    assert "<svg" in page
+    assert "src=" not in page
+    assert "&lt;channels&gt;" in page
+    assert page.count("loss rose by 0.2") == (events == 2)
+    assert ("10,000 parameters before, 2,500 after 2 events, 1 of them undone" in page) == (events == 2)
 
 
 def test_the_core_imports_neither_rich_nor_matplotlib():

@@ -5,28 +5,30 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 from apoptorch.plan import Event
 
 
 def plot_widths(axes: Axes, history: Sequence[Event], total_steps: int | None = None) -> None:
-    """Draw the width of every channel group over the steps; an event that was undone is marked by a cross."""
+    """Draw the width of every channel group that changed over the steps; a cross marks an event that was undone."""
     axes.set(title="widths", xlabel="step", ylabel="neurons")
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter("{x:.0f}")
     if not history:
         axes.text(0.5, 0.5, "no event", ha="center", transform=axes.transAxes)
         return
     end = total_steps or history[-1].step
+    steps = [0, *(event.step for event in history), end]
     for name, full_width in history[0].widths_before.items():
-        steps = [0, *(event.step for event in history), end]
         widths = [full_width, *(event.widths_after[name] for event in history)]
+        if len(set(widths)) == 1:
+            continue
         (line,) = axes.step(steps, [*widths, widths[-1]], where="post", label=name)
         undone = [(event.step, event.widths_after[name]) for event in history if event.rolled_back]
         if undone:
             axes.plot(*zip(*undone, strict=True), "x", color=line.get_color())
-    axes.legend(title="group", fontsize="small")
+    if axes.lines:
+        axes.legend(title="group", fontsize="small")
 
 
 def plot_metric(
