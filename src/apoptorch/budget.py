@@ -47,18 +47,23 @@ def spend(
     widths = {name: len(curve) - 1 for name, curve in curves.items()}
     spent = dict.fromkeys(curves, 0.0)
     steps: dict[str, _Step] = {}
+    worth: dict[str, tuple[float, float]] = {}
     while True:
         left = max(0.0, budget - math.fsum(spent.values()))
         for name, curve in curves.items():
             # A group's best step stays so until taken or unaffordable: the others only scale its worth.
             if name not in steps or steps[name].price > left:
                 steps[name] = _best_step(widths[name], curve, spent[name], allowed[name], left)
-        worth = {name: _worth(name, step, terms[name], widths) for name, step in steps.items()}
+                worth.pop(name, None)
+            if name not in worth:
+                worth[name] = _worth(name, steps[name], terms[name], widths)
         name = max(worth, key=worth.__getitem__, default=None)
         if name is None or worth[name][0] <= 0.0:
             return widths
         widths[name] = steps.pop(name).width
         spent[name] = float(curves[name][widths[name]])
+        for neighbour in (group for term in terms[name] for group in (term.out_group, term.in_group)):
+            worth.pop(neighbour or "", None)
 
 
 class _Step(NamedTuple):
