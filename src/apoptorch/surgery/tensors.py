@@ -35,6 +35,12 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
+def layout(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape of every tensor, and the first name of the tensor that it is tied to."""
+    first: dict[int, str] = {}
+    return {n: (tuple(t.shape), first.setdefault(id(t), n)) for n, t in named_tensors(module).items()}
+
+
 def target_of(network: nn.Module, tensors: Mapping[str, Tensor], name: str) -> Target | None:
     """The tensor by that name, or the parametrizations that compute it; None if there is no way to write it."""
     path, _, attribute = name.rpartition(".")

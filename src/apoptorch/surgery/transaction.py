@@ -28,6 +28,7 @@ from apoptorch.surgery.tensors import (
     entries,
     folded,
     is_known_state,
+    layout,
     like,
     named_tensors,
     narrowed_state,
@@ -106,6 +107,17 @@ class Surgery:
                     if size != tensor.shape[dim]:
                         self._narrow_(tensor, dim, torch.arange(size))
             self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
+
+    def fill_(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values of the same shapes into named parameters and buffers; followers are left alone."""
+        tensors = named_tensors(self._networks[0])
+        with self._attempt(
+            f"`{name}` must be in the model, got nothing by that name." for name in values.keys() - tensors
+        ):
+            for name, value in values.items():
+                tensor = tensors[name]
+                copy = torch.empty_like(tensor)  # in the tensor's dtype, device and memory format
+                self._replace_(tensor, copy.copy_(value), tensor.grad)
 
     def undo_(self) -> None:
         """Put back, bit for bit, what was there when the transaction began.
@@ -197,6 +209,8 @@ class Surgery:
                 b = tensors[bias]
                 self._replace_(b, (wide(b) + constant_of(weight, slot, fold.shift)).to(b.dtype), b.grad)
             new = take(weight, slot.dim, index) if fold is None else folded(weight, slot, plan.keep, fold)
+            if plan.scale is not None and slot.tensor in plan.scaled:
+                new = (wide(new).movedim(slot.dim, -1) * plan.scale).movedim(-1, slot.dim).to(weight.dtype)
             for original, data in zip(originals(target), right_inverse(target, new), strict=True):
                 self._narrow_(original, slot.dim, index, data)
         self._converge_(network, touched)
@@ -298,27 +312,21 @@ def _set_attribute(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _layout(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape of every tensor, and the first name of the tensor that it is tied to."""
-    first: dict[int, str] = {}
-    return {n: (tuple(t.shape), first.setdefault(id(t), n)) for n, t in named_tensors(module).items()}
-
-
 def _counterpart(model: nn.Module, follower: nn.Module, index: int) -> nn.Module:
     """`follower`, or the first of its submodules, that has all of the model's tensors."""
-    layout = _layout(model)
+    mine = layout(model)
     for module in follower.modules():
-        other = _layout(module)
-        if layout.items() <= other.items():
+        other = layout(module)
+        if mine.items() <= other.items():
             return module
-        if layout.keys() <= other.keys():
+        if mine.keys() <= other.keys():
             break
     else:
-        other = _layout(follower)
-    name = next(name for name in layout if other.get(name) != layout[name])
+        other = layout(follower)
+    name = next(name for name in mine if other.get(name) != mine[name])
     raise SurgeryError(
         f"`followers[{index}]` must have the tensors of the model, with their shapes and ties, got "
-        f"{other.get(name, 'nothing')} instead of {layout[name]} ({name}). Make it a deepcopy of the model."
+        f"{other.get(name, 'nothing')} instead of {mine[name]} ({name}). Make it a deepcopy of the model."
     )
 
 

@@ -1,0 +1,208 @@
+"""Save a shrunk model, and load it into one that is built at full size. Nothing is ever unpickled.
+
+A checkpoint is a directory: `manifest.json` (names, shapes, dtypes, ties, module attributes, apoptosis state) and
+the safetensors file that it names. The manifest is replaced last and in one step, so that a directory holds the
+old checkpoint or the new one, whenever a save is interrupted.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from apoptorch.errors import CheckpointError, SurgeryError
+from apoptorch.surgery import Surgery, attributes, layout, named_tensors
+
+__all__ = ["load", "save"]
+
+_MANIFEST, _FORMAT, _VERSION, _MAX_BYTES = "manifest.json", "apoptorch", 1, 1 << 28
+
+
+class _HasState(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | None = None) -> None:
+    """Write `model`, at the widths that it has now, to the directory `path`.
+
+    Args:
+        model: the model itself, without DDP or torch.compile around it.
+        path: made if need be; a checkpoint that is there is replaced in one step.
+        apoptosis: its state goes into the manifest.
+
+    Raises:
+        CheckpointError: `path` is a file, or the model has state that isn't tensors.
+    """
+    path, tied = Path(path), {name: first for name, (_, first) in layout(model).items()}
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items() if tied[name] == name}
+    extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    problems = [
+        f"`{name}` must be a tensor, got extra state. Save it beside the checkpoint." for name in extra
+    ]
+    if path.exists() and not path.is_dir():
+        problems.append(f"`path` must be a directory, got a file ({path}). Choose another name.")
+    _raise(problems)
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "file": f"model-{uuid.uuid4().hex}.safetensors",
+        "tensors": {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()},
+        "tied": {name: first for name, first in tied.items() if first != name},
+        "attributes": _all_attributes(model),
+        "apoptosis": None if apoptosis is None else apoptosis.state_dict(),
+    }
+    text = json.dumps(manifest, indent=1)
+    path.mkdir(parents=True, exist_ok=True)
+    copies = {n: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    save_file(copies, path / manifest["file"])
+    _sync(path / manifest["file"])
+    new = path / f"{manifest['file']}.json"
+    new.write_text(text, encoding="utf-8")
+    _sync(new)
+    os.replace(new, path / _MANIFEST)
+    _sync(path)
+    for old in path.glob("model-*.safetensors*"):
+        if old.name != manifest["file"]:
+            old.unlink()
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Narrow a model that is built at full size to the widths of the checkpoint at `path`, and fill it.
+
+    Load before the optimizer is built: `load(model, path)`, `Adam(model.parameters())`,
+    `optimizer.load_state_dict(...)`.
+
+    Returns:
+        The state of the apoptosis that was saved with it, for its `load_state_dict`; None if there was none.
+
+    Raises:
+        CheckpointError: every reason why the checkpoint can't be read or doesn't fit; nothing was changed.
+    """
+    manifest = _read_manifest(Path(path))
+    shapes = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+    values, problems = _read_tensors(Path(path) / manifest["file"], manifest)
+    problems += _name_problems(model, manifest)
+    known = named_tensors(model)
+    try:
+        with Surgery(model) as surgery:
+            surgery.narrow_({name: shape for name, shape in shapes.items() if name in known})
+            if not problems:
+                found = _all_attributes(model)
+                problems += _differences("attributes of", manifest["attributes"], found)
+            _raise(problems)
+            surgery.fill_(values)
+    except SurgeryError as error:
+        _raise([*problems, *str(error).split("\n")])
+    return manifest["apoptosis"]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / _MANIFEST
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(
+                f"`{file}` must have at most {_MAX_BYTES} bytes, got {file.stat().st_size}."
+            )
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"`path` must be a directory that `save` wrote, got {path}: {error}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{file}` must be JSON, got {error}. The checkpoint is damaged.") from error
+    _raise(_manifest_problems(manifest))
+    return manifest
+
+
+def _manifest_problems(manifest: Any) -> Iterator[str]:
+    """What is wrong with a manifest by itself."""
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != _FORMAT
+        or manifest.get("version") != _VERSION
+    ):
+        yield f"`{_MANIFEST}` must be of format {_FORMAT}, version {_VERSION}, got another. Update apoptorch."
+        return
+    file = manifest.get("file")
+    if not isinstance(file, str) or not re.fullmatch(r"model-[0-9a-f]{32}\.safetensors", file):
+        yield f"`file` must be the name of a file that `save` wrote, got {file!r}."
+    for key in ("tensors", "tied", "attributes"):
+        if not isinstance(manifest.get(key), dict):
+            yield f"`{key}` must be an object, got {type(manifest.get(key)).__name__}."
+    if not isinstance(manifest.get("apoptosis", ""), dict | None):
+        yield f"`apoptosis` must be an object or null, got {manifest.get('apoptosis', 'nothing')!r}."
+    tensors = manifest.get("tensors")
+    for name, entry in tensors.items() if isinstance(tensors, dict) else ():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+            yield f"`shape` of `{name}` must be a list of sizes, got {shape!r}."
+        elif not isinstance(entry.get("dtype"), str):
+            yield f"`dtype` of `{name}` must be a name, got {entry.get('dtype')!r}."
+
+
+def _read_tensors(file: Path, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file that holds exactly what the manifest says, or the problems."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            expected = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+            if problems := [*_differences(f"shape, in {file.name}, of", expected, shapes)]:
+                return {}, problems
+            values = {name: opened.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        return {}, [f"`{file.name}` must be a safetensors file, got {error}. The checkpoint is damaged."]
+    dtypes = {name: entry["dtype"] for name, entry in manifest["tensors"].items()}
+    found = {name: _dtype(value) for name, value in values.items()}
+    return values, [*_differences(f"dtype, in {file.name}, of", dtypes, found)]
+
+
+def _name_problems(model: nn.Module, manifest: dict[str, Any]) -> Iterator[str]:
+    """Names, ties and dtypes must be those of the model."""
+    tied = {name: first for name, (_, first) in layout(model).items()}
+    saved = {name: name for name in manifest["tensors"]} | manifest["tied"]
+    yield from _differences("name or tie of", saved, tied)
+    for name, tensor in named_tensors(model).items():
+        if (entry := manifest["tensors"].get(name)) and entry["dtype"] != _dtype(tensor):
+            rule = f"must be {entry['dtype']}, as it was saved"
+            yield f"`{name}` {rule}, got {_dtype(tensor)}. Cast the model first: model.to(...)."
+
+
+def _differences(what: str, expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys([*expected, *found]):
+        if (a := expected.get(name, "nothing")) != (b := found.get(name, "nothing")):
+            yield f"The {what} `{name}` must be {a}, as the manifest says, got {b}. Use the model that was saved."
+
+
+def _all_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: sizes for name, module in model.named_modules() if (sizes := attributes(module))}
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _raise(problems: Any) -> None:
+    if len(lines := list(problems)) == 1:
+        raise CheckpointError(lines[0])
+    if lines:
+        numbered = "\n".join(f"  {i}. {line}" for i, line in enumerate(lines, 1))
+        raise CheckpointError(f"{len(lines)} problems, nothing was changed:\n{numbered}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until `path` is on the disk; a directory can only be synced on POSIX."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
