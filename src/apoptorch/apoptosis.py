@@ -99,10 +99,10 @@ class Apoptosis:
         return self._gather(Batch(inputs, kwinputs, targets))
 
     def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
-        """One removal now, planned on three quarters of this batch and judged on the rest.
+        """One removal now, planned on three quarters of this batch and judged on the rest; survivors keep their weights.
 
         Args:
-            budget: predicted increase of the loss, in its units; the policy's share of the loss if None.
+            budget: predicted increase of the loss, in its units; None: as much as the policy's price allows.
 
         Raises:
             ArgumentError: as for `step`.
@@ -111,7 +111,7 @@ class Apoptosis:
         batch = Batch(inputs, kwinputs, targets)
         checks.checked([*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)])
         calibration, held_out = split(batch)
-        return self._remove([calibration], [held_out], budget)
+        return self._remove([calibration], [held_out], replace(self.policy, rebalance=False), budget)
 
     def explain(self) -> str:
         """Why each group did or did not shrink, one line each."""
@@ -190,7 +190,7 @@ class Apoptosis:
         if self._step >= self._event_step and len(self._batches) >= 3:
             batches, self._batches = self._batches, []
             if self._pays():
-                event = self._remove(batches[0::3] + batches[1::3], batches[2::3], None)
+                event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
             self._event_step = math.ceil(self._step * self.policy.gap)
             self._wake = self._next_wake()
         self._last_call = time.perf_counter()
@@ -204,9 +204,16 @@ class Apoptosis:
         cost = self._event_seconds or self._batches_wanted() * self._step_seconds + 0.03
         return remaining * self._step_seconds * busy * self._fraction >= self.policy.payback * cost
 
-    def _remove(self, calibration: Sequence[Batch], held_out: Sequence[Batch], budget: float | None) -> Event:
+    def _price(self) -> float:
+        """What a share of the full network's cost may cost in loss now; a run of unknown length is in its middle."""
+        progress = self._step / self.total_steps if self.total_steps else 0.5
+        return self._scale * self.policy.price * min(1.0, progress) ** self.policy.rise
+
+    def _remove(
+        self, calibration: Sequence[Batch], held_out: Sequence[Batch], policy: Policy, budget: float | None
+    ) -> Event:
         event = remove_(
-            self._network, calibration, held_out, self.loss_fn, self.policy, budget, scale=self._scale, step=self._step
+            self._network, calibration, held_out, self.loss_fn, policy, budget, price=self._price(), step=self._step
         )
         self.history.append(event)
         self._scale *= 0.3 if event.rolled_back else 1.0

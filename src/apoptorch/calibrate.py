@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Moments:
         second: E[a a^T].
         mean: E[a], or None where a consumer can't take a constant exactly.
         metric: Q, such that 1/2 tr(Q S) is the predicted loss increase when S is the residual second moment.
+        samples: positions that were averaged.
         energy: V^T V summed over consumers and taps: tr(energy second) is the consumers' mean squared output.
     """
 
@@ -57,6 +59,7 @@ class Moments:
     mean: Float64[Tensor, " n"] | None
     metric: Float64[Tensor, "n n"]
     energy: Float64[Tensor, "n n"]
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -127,20 +130,28 @@ def _matrix(x: Tensor, reading: _Reading) -> Tensor:
 
 
 class _Sums:
-    """Running sums of one group's moments."""
+    """Running sums of one group's moments, in the activations' own precision (at least float32)."""
 
-    def __init__(self) -> None:
-        self.second = self.mean = self.metric = self.curvature = 0.0  # tensors after the first batch
-        self.positions = self.outputs = 0
+    def __init__(self, group: ChannelGroup, like: Tensor):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        zeros = partial(torch.zeros, dtype=dtype, device=like.device)
+        self.second, self.metric = zeros(group.width, group.width), zeros(group.width, group.width)
+        self.mean, self.energy, self.curvature = zeros(group.width), zeros(group.width, group.width), zeros(())
+        self.positions = 0
 
     def add(self, reading: _Reading, gradient: Tensor, output_gradient: Tensor | None, terms: int) -> None:
-        a, u = _matrix(reading.source, reading), _matrix(gradient, reading)
-        self.second += (a.mT @ a).double()
-        self.mean += a.double().sum(0)
-        self.metric += terms * (u.mT @ u).double()
+        a, u = (_matrix(x, reading).to(self.second.dtype) for x in (reading.source, gradient))
+        self.second.addmm_(a.mT, a)
+        self.metric.addmm_(u.mT, u, alpha=terms)
+        self.mean += a.sum(0)
         self.positions += len(a)
         if output_gradient is not None:
-            self.curvature += terms * output_gradient.double().square().sum() / reading.weight.shape[0]
+            self.curvature += terms * output_gradient.square().sum() / reading.weight.shape[0]
+
+    def moments(self, batches: int, damping: float, constant: bool) -> Moments:
+        metric = self.metric / batches + damping * self.curvature / batches * self.energy
+        mean = (self.mean / self.positions).double() if constant else None
+        return Moments((self.second / self.positions).double(), mean, metric.double(), self.energy.double(), self.positions)
 
 
 def measure(
@@ -151,8 +162,7 @@ def measure(
     `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
     Without `loss_fn` the "loss" is the relative mean squared change of the model's output.
     """
-    sums: dict[str, _Sums] = {group.name: _Sums() for group in groups}
-    energy: dict[str, Tensor] = {}
+    sums: dict[str, _Sums] = {}
     with calibrating(model), torch.enable_grad():
         weights: dict[int, tuple[str, Slot, Tensor]] = {}
         for group in groups:
@@ -160,19 +170,18 @@ def measure(
                 weight = weight_of(model, consumer.weight.tensor)
                 weights[id(weight)] = (group.name, consumer.weight, weight)
                 columns = weight.detach().movedim(consumer.weight.dim, 0).unflatten(0, (group.width, -1)).flatten(1)
-                energy[group.name] = energy.get(group.name, 0.0) + (columns @ columns.mT).double()
+                total = sums.setdefault(group.name, _Sums(group, weight))
+                total.energy += (columns @ columns.mT).to(total.energy.dtype)
         for batch in batches:
             with _Reader(weights) as reader:
                 output = model(*batch.args, **batch.kwargs)
             _accumulate(sums, reader.readings, output, batch, loss_fn, damping > 0)
-    moments = {}
-    for group in groups:
-        total, number = sums[group.name], len(batches)
-        metric = total.metric / number + damping * total.curvature / number * energy[group.name]
-        constant = all(consumer.bias for consumer in group.consumers)
-        mean = total.mean / total.positions if constant else None
-        moments[group.name] = Moments(total.second / total.positions, mean, metric, energy[group.name])
-    return moments
+    return {
+        group.name: sums[group.name].moments(
+            len(batches), damping, constant=all(consumer.bias for consumer in group.consumers)
+        )
+        for group in groups
+    }
 
 
 def _accumulate(

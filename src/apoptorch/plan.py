@@ -83,6 +83,8 @@ class FoldPlan:
         group: name of the group.
         keep: sorted indices of the survivors.
         folds: one `Fold` for each consumer of the group, in their order.
+        scale: what survivors are multiplied by, in the tensors named by `scaled`, to keep their pace of learning
+            (docs/theory.md); `folds` then reads the scaled survivors. None: survivors stay as they are.
         predicted: predicted increase of the loss (the loss's own units); NaN without data.
         bound: worst-case change of the consumers' output (Euclidean norm) for inputs of the asked norm, or None.
     """
@@ -90,17 +92,23 @@ class FoldPlan:
     group: str
     keep: Int64[Tensor, " k"]
     folds: tuple[Fold, ...]
+    scale: Float64[Tensor, " k"] | None = None
+    scaled: tuple[str, ...] = ()
     predicted: float = math.nan
     bound: float | None = None
 
 
 @dataclass(frozen=True)
 class CostTerm:
-    """Forward FLOPs of one op for one batch: `flops` x width(out_group) x width(in_group); a None group counts 1."""
+    """What one op costs: `flops` x width(out_group) x width(in_group) forward FLOPs a batch; a None group counts 1.
+
+    `parameters` counts those of the op's weight in the same way.
+    """
 
     flops: float
     out_group: str | None
     in_group: str | None
+    parameters: float = 0.0
 
 
 @dataclass(frozen=True)

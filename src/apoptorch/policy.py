@@ -10,32 +10,39 @@ class Policy:
     """How boldly neurons are removed. The three names "conservative", "normal", "aggressive" are `POLICIES`.
 
     Attributes:
-        share: budget of one event, as a share of the present loss.
-        start: the first event comes after this share of the run ...
-        first_step: ... but not before this step.
+        price: channels go while the predicted loss increase is below this for the whole of the network's cost (half
+            FLOPs, half parameters, at full width): saving 1 % of it may cost price / 100. In units of the loss.
+        rise: the price at share p of the run is price * p ** rise: what is lost late is not learned again, but what
+            is redundant late is known better.
+        start, first_step: the first event comes after this share of the run, but not before this step.
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
         payback: an event happens if it is expected to save this many times what it costs.
         samples: inputs on which a removal is planned; half as many again are held out to judge it.
         damping: see `calibrate.measure`.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
-        guard: a removal is undone if the loss on held-out data rises by more than `guard` times the budget.
+        rebalance: under plain SGD, survivors are rescaled to keep their pace of learning.
+        guard, tolerance: a removal is undone if the loss on held-out data rises by more than `guard` times what was
+            predicted, `tolerance` times the loss and three standard errors together.
         confidence: of the certificate's limit on changed predictions.
         max_loss_increase, max_changed_predictions: hard limits; a removal that can't show them is undone.
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    share: float = 1e-3
+    price: float = 0.01
+    rise: float = 0.5
     start: float = 0.025
     first_step: int = 30
     gap: float = 2.2
-    stop: float = 0.5
-    payback: float = 3.0
+    stop: float = 0.65
+    payback: float = 2.0
     samples: int = 2048
     damping: float = 1.0
     multiple: int = 8
     floor: int = 8
-    guard: float = 30.0
+    rebalance: bool = True
+    guard: float = 3.0
+    tolerance: float = 0.02
     confidence: float = 0.95
     max_loss_increase: float | None = None
     max_changed_predictions: float | None = None
@@ -43,10 +50,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         rules = {
-            "share": self.share > 0, "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
+            "price": self.price > 0, "rise": self.rise >= 0, "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
             "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
             "damping": self.damping >= 0, "multiple": self.multiple >= 1, "floor": self.floor >= 1,
-            "guard": self.guard > 0, "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
+            "guard": self.guard > 0, "tolerance": self.tolerance >= 0, "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
         }  # fmt: skip
         problems = [
             f"`{name}` must be in its range, got {getattr(self, name)!r}. See help(apoptorch.Policy)."
@@ -58,7 +65,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(share=3e-4),
+    "conservative": Policy(price=3e-3),
     "normal": Policy(),
-    "aggressive": Policy(share=3e-3),
+    "aggressive": Policy(price=0.03),
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,10 +16,11 @@ from .bounds import clopper_pearson_upper
 from .budget import flops, spend
 from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, output_change
 from .errors import ArgumentError
-from .plan import Certificate, ChannelGroup, CostTerm, Event, FoldPlan, GroupChange
+from .neurons import neuron
+from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
 from .policy import Policy
 from .redundancy import Selection, fold, select, unexplained
-from .surgery import Surgery
+from .surgery import Surgery, named_tensors
 
 
 @dataclass
@@ -47,22 +49,25 @@ class Network:
         return [group for group in self.groups if group.prunable and group.width > floor]
 
     def open_costs(self, groups: Sequence[ChannelGroup]) -> list[CostTerm]:
-        """Cost terms of which only `groups` are variables: the widths of all others are multiplied in."""
+        """Shares of the full network's cost (half FLOPs, half parameters) as functions of the widths of `groups`."""
         names, widths, terms = {group.name for group in groups}, self.widths, []
+        full = {group.name: group.full_width for group in self.groups}
+        parameters = flops([replace(term, flops=term.parameters) for term in self.costs], full)
         for term in self.costs:
             sides = [term.out_group, term.in_group]
+            share = term.flops / flops(self.costs, full) + term.parameters / parameters
             fixed = math.prod(widths[side] for side in sides if side and side not in names)
-            terms.append(CostTerm(term.flops * fixed, *(side if side in names else None for side in sides)))
+            terms.append(CostTerm(share / 2 * fixed, *(side if side in names else None for side in sides)))
         return terms
 
 
 def remove_(
     network: Network, calibration: Sequence[Batch], held_out: Sequence[Batch], loss_fn: LossFn | None, policy: Policy,
-    budget: float | None = None, *, scale: float = 1.0, step: int = 0,
+    budget: float | None = None, *, price: float = math.inf, step: int = 0,
 ) -> Event:  # fmt: skip
     """Plan on `calibration`, apply, check on `held_out`; a removal that breaks a limit is undone and says so.
 
-    Without `budget` it is `scale` times the policy's share of the present loss (of 1 without `loss_fn`).
+    Without `budget` channels go while what they cost is below `price` (see `plan`).
 
     Raises:
         ArgumentError: the calibration data is empty, or the model's loss on it isn't finite.
@@ -71,19 +76,17 @@ def remove_(
     start = time.perf_counter()
     before = evaluate(network.model, held_out, loss_fn)
     _check_calibration(calibration, before, loss_fn)
-    if budget is None:
-        budget = policy.share * scale * (before.loss if loss_fn else 1.0)
     groups = network.prunable(policy.floor)
     moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
-    plans, errors = plan(network, groups, moments, policy, budget)
+    plans, errors = plan(network, groups, moments, policy, budget, price)
     draft = _draft(network, step, budget, plans, errors)
     if not plans:
-        return replace(draft, seconds=time.perf_counter() - start, reason="no redundancy found within the budget")
+        return replace(draft, seconds=time.perf_counter() - start, reason="nothing is redundant at this price")
     with Surgery(network.model, network.optimizers, network.followers) as surgery:
         by_name = {group.name: group for group in groups}
         shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
         after = evaluate(network.model, held_out, loss_fn)
-        increase, reason = judge(before, after, policy, budget, loss_fn)
+        increase, reason = judge(before, after, policy, budget or draft.predicted or 0.0, loss_fn)
         if reason is not None:
             surgery.undo_()
         else:
@@ -96,20 +99,27 @@ def remove_(
 
 
 def plan(
-    network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy, budget: float
-) -> tuple[list[FoldPlan], dict[str, float]]:
-    """Fold plans that spend the budget where it saves most; and each group's unexplained share of output energy."""
+    network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy,
+    budget: float | None, price: float,
+) -> tuple[list[FoldPlan], dict[str, float]]:  # fmt: skip
+    """Fold plans that spend where it saves most; and each group's unexplained share of output energy.
+
+    Channels go while the predicted loss increase stays within `budget` or, without one, while it costs less than
+    `price` for each share of the full network's cost that it saves.
+    """
+    stop = price / 50 if budget is None else budget / 20
     selections: dict[str, Selection] = {}
     curves: dict[str, Float64[Tensor, " n+1"]] = {}
     for group in groups:
         m = moments[group.name]
         selections[group.name] = select(
-            m.second, m.mean, m.metric, stop=budget / 50, floor=policy.floor, multiple=policy.multiple
+            m.second, m.mean, m.metric, stop=stop, floor=policy.floor, multiple=policy.multiple
         )
-        curves[group.name] = selections[group.name].curve(group.width, policy.floor)
+        curves[group.name] = selections[group.name].curve(group.width, policy.floor) * overfit(group.width, m.samples)
     widths = spend(
-        curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=policy.floor
-    )
+        curves, network.open_costs(groups), budget=math.inf if budget is None else budget,
+        multiple=policy.multiple, floor=policy.floor, least_worth=1 / price if budget is None else 0.0,
+    )  # fmt: skip
     plans, errors = [], {}
     for group in groups:
         if widths[group.name] < group.width:
@@ -118,9 +128,35 @@ def plan(
             regression = fold(m.second, m.mean, keep)
             rest = unexplained(m.second, m.mean, keep, regression)
             errors[name] = float((m.energy * rest).sum() / (m.energy * m.second).sum())
-            predicted = float(curves[name][widths[name]])
-            plans.append(FoldPlan(name, keep, (regression,) * len(group.consumers), predicted))
+            scaled = pacemakers(network, group) if policy.rebalance else ()
+            scale = regression.coeffs.square().sum(0).sqrt() if scaled else None
+            if scale is not None:
+                regression = Fold(regression.coeffs / scale, regression.shift)
+            folds = (regression,) * len(group.consumers)
+            plans.append(FoldPlan(name, keep, folds, scale, scaled, float(curves[name][widths[name]])))
     return plans, errors
+
+
+def overfit(width: int, samples: int) -> Float64[Tensor, " n+1"]:
+    """How much more a regression on 0 ... n survivors leaves unexplained on new data (generalised cross-validation)."""
+    used = torch.arange(width + 1, dtype=torch.float64) / max(samples, 1)
+    return (1 - used.clamp(max=0.9)) ** -2
+
+
+def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
+    """Tensors that scale the group's channels, where scaling keeps the pace of learning; () where it doesn't.
+
+    Under plain gradient descent a positively homogeneous neuron that stands for several learns too slowly; scaled by
+    the root of its squared coefficients, and its columns by the inverse, it learns as they did together
+    (docs/theory.md). Adaptive optimizers don't depend on the scale.
+    """
+    plain = network.optimizers and all(isinstance(optimizer, torch.optim.SGD) for optimizer in network.optimizers)
+    if not plain or not neuron(group.neuron).homogeneous:
+        return ()
+    tensors = named_tensors(network.model)
+    slots = [slot.tensor for slot in group.passthrough if isinstance(tensors.get(slot.tensor), nn.Parameter)]
+    slots = slots or [slot.tensor for slot in group.producers]
+    return tuple(slots) if len(slots) <= 2 and "parametrizations" not in "".join(slots) else ()
 
 
 def judge(
@@ -135,10 +171,10 @@ def judge(
         spread = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     if not math.isfinite(increase):
         return increase, "the loss on held-out data is no longer finite"
-    if increase - spread > policy.guard * budget:
+    if increase - 3 * spread > policy.guard * budget + policy.tolerance * abs(before.loss if loss_fn else 1.0):
         return increase, (
-            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), more than "
-            f"{policy.guard:g} times the budget {budget:.3g}"
+            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by {budget:.3g} as "
+            f"predicted"
         )
     if policy.max_loss_increase is not None and increase + spread > policy.max_loss_increase:
         return increase, f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})"
@@ -162,7 +198,7 @@ def certify(before: Evaluation, after: Evaluation, confidence: float, increase: 
 
 
 def _draft(
-    network: Network, step: int, budget: float, plans: Sequence[FoldPlan], errors: dict[str, float]
+    network: Network, step: int, budget: float | None, plans: Sequence[FoldPlan], errors: dict[str, float]
 ) -> Event:
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(

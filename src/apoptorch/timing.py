@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -69,5 +70,6 @@ def milliseconds(
     terms = []
     for term in costs:
         channels = math.prod(widths[side] for side in (term.out_group, term.in_group) if side)
-        terms.append(CostTerm(1e3 * best.get((term.out_group, term.in_group), 0.0) / channels, term.out_group, term.in_group))
+        spent = 1e3 * best.get((term.out_group, term.in_group), 0.0) / channels
+        terms.append(replace(term, flops=spent))
     return terms

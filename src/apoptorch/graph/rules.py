@@ -75,7 +75,7 @@ def layer(tracer: Tracer, node: Node, dim: int, out_dim: int, zero_padded: bool,
         tracer.pass_through(read, columns[1:])
     if reason is not None:
         tracer.pin_flow({0: made, 1: read} if read else {0: made}, reason)
-    tracer.cost(2.0 * math.prod(weight_shape) * positions, made, read)
+    tracer.cost(math.prod(weight_shape), positions, made, read)
     tracer.flows[node] = {**flow, out_dim: made}
 
 
@@ -102,7 +102,7 @@ def convolution(tracer: Tracer, node: Node) -> None:
         tracer.pin_flow(tracer.flow(node.args[0]), f"{tracer.where(node)} is a grouped convolution")
         return
     tracer.pass_through(read, [Slot(weight, 0)] + ([Slot(bias, 0)] if bias else []))  # depthwise
-    tracer.cost(2.0 * math.prod(shape(node.args[1])) * positions, read, None)
+    tracer.cost(math.prod(shape(node.args[1])), positions, read, None)
     tracer.flows[node] = {**tracer.flow(node.args[0]), dim: replace(read, neuron="general")}
 
 

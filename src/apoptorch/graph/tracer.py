@@ -1,5 +1,6 @@
 """Follows channels through an ATen graph: which parameter rows make them, which columns read them."""
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -78,8 +79,7 @@ class Tracer:
         self.parent: list[int] = []
         self.made_by: dict[tuple[str, int], int] = {}  # (tensor, dim) -> group
         self.used_by: dict[str, list[str]] = {}  # tensor -> ops that use it in a way no rule describes
-        self.costs: list[tuple[float, int | None, int | None]] = []
-        self.constant_cost = 0.0
+        self.costs: list[tuple[float, float, int | None, int | None]] = []
 
     # -- the graph -------------------------------------------------------------------------------------------
     def run(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
@@ -210,9 +210,10 @@ class Tracer:
         elif consumer not in same:
             self.pin(axis, reason)
 
-    def cost(self, flops: float, out_axis: Axis | None, in_axis: Axis | None) -> None:
-        """`flops` at full width; kept per channel of both groups, so that it follows their widths."""
-        self.costs.append((flops, out_axis and out_axis.group, in_axis and in_axis.group))  # type: ignore[arg-type]
+    def cost(self, parameters: int, positions: int, out_axis: Axis | None, in_axis: Axis | None) -> None:
+        """One multiplication and addition for every parameter at every position (at full width)."""
+        sides = (axis and axis.group for axis in (out_axis, in_axis))
+        self.costs.append((2.0 * parameters * positions, float(parameters), *sides))  # type: ignore[arg-type]
 
     # -- the result ------------------------------------------------------------------------------------------
     def finish(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
@@ -230,12 +231,14 @@ class Tracer:
                     tuple(draft.consumers), draft.max_pooled, not draft.reasons, "; ".join(draft.reasons) or None,
                 )
             )  # fmt: skip
-        totals: dict[tuple[int | None, int | None], float] = {}
-        for flops, *sides in self.costs:
-            key = tuple(None if side is None else self.group(side) for side in sides)
-            widths = [self.drafts[side].width for side in key if side is not None]
-            totals[key] = totals.get(key, 0.0) + flops / float(torch.tensor(widths or [1.0], dtype=torch.float64).prod())
-        terms = [CostTerm(f, *(None if side is None else names[side] for side in key)) for key, f in totals.items()]
+        totals: dict[tuple[int | None, int | None], list[float]] = {}
+        for *amounts, out_side, in_side in self.costs:
+            key = tuple(None if side is None else self.group(side) for side in (out_side, in_side))  # type: ignore[arg-type]
+            channels = math.prod(self.drafts[side].width for side in key if side is not None)
+            old = totals.get(key, [0.0, 0.0])  # type: ignore[arg-type]
+            totals[key] = [total + amount / channels for total, amount in zip(old, amounts, strict=True)]  # type: ignore[index]
+        name_of = {None: None, **names}
+        terms = [CostTerm(f, name_of[a], name_of[b], p) for (a, b), (f, p) in totals.items()]
         return groups, terms
 
     def find_conflicts(self, roots: list[int]) -> None:

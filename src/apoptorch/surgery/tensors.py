@@ -110,7 +110,8 @@ def folded(weight: Tensor, slot: Slot, keep: Int64[Tensor, " k"], fold: Fold) ->
     folded = take(channels, slot.dim, keep)
     if rows.numel():
         removed = wide(take(channels, slot.dim, rows)).movedim(slot.dim, -1)
-        gained = (removed @ wide(gains[rows].to(weight.device))).movedim(-1, slot.dim)
+        gained = removed.flatten(0, -2) @ wide(gains[rows].to(weight.device))  # one product, not a batch
+        gained = gained.unflatten(0, removed.shape[:-1]).movedim(-1, slot.dim)
         folded = (wide(folded) + gained).to(weight.dtype)
     return folded.flatten(slot.dim, slot.dim + 1)
 
