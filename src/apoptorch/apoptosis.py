@@ -20,7 +20,7 @@ from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
 from .removal import Network, remove_
 from .surgery import named_tensors, narrow_
-from .timing import milliseconds, peak_flops
+from .timing import milliseconds, training_seconds
 
 
 class Apoptosis:
@@ -197,12 +197,15 @@ class Apoptosis:
         return event
 
     def _pays(self) -> bool:
-        """Is the event expected to save `payback` times its cost in the steps that remain?"""
+        """Is the event expected to save `payback` times its cost in the steps that remain?
+
+        Only time that follows the widths can be saved: arithmetic and memory traffic, not a small network's overhead.
+        """
         remaining = (self.total_steps or 2 * self._step) - self._step
-        device = next(self._network.model.parameters()).device
-        busy = min(1.0, 3 * self._network.flops() / (self._step_seconds * peak_flops(device)))
-        cost = self._event_seconds or self._batches_wanted() * self._step_seconds + 0.03
-        return remaining * self._step_seconds * busy * self._fraction >= self.policy.payback * cost
+        speed, device = self._step_seconds, next(self._network.model.parameters()).device
+        busy = training_seconds(self._network.flops(), self._network.parameters, device) / speed
+        cost = self._event_seconds or self._batches_wanted() * speed + 0.03
+        return remaining * speed * min(1.0, busy) * self._fraction >= self.policy.payback * cost
 
     def _price(self) -> float:
         """What a share of the full network's cost may cost in loss now; a run of unknown length is in its middle."""
@@ -213,7 +216,8 @@ class Apoptosis:
         self, calibration: Sequence[Batch], held_out: Sequence[Batch], policy: Policy, budget: float | None
     ) -> Event:
         event = remove_(
-            self._network, calibration, held_out, self.loss_fn, policy, budget, price=self._price(), step=self._step
+            self._network, calibration, held_out, self.loss_fn, policy, budget,
+            price=self._price() if budget is None else math.inf, step=self._step,
         )
         self.history.append(event)
         self._scale *= 0.3 if event.rolled_back else 1.0

@@ -23,13 +23,14 @@ class Policy:
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
         rebalance: under plain SGD, survivors are rescaled to keep their pace of learning.
         guard, tolerance: a removal is undone if the loss on held-out data rises by more than `guard` times what was
-            predicted, `tolerance` times the loss and three standard errors together.
+            predicted, `tolerance` times the loss and three standard errors together. No event may be predicted to
+            cost more than `tolerance` times the loss.
         confidence: of the certificate's limit on changed predictions.
         max_loss_increase, max_changed_predictions: hard limits; a removal that can't show them is undone.
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.01
+    price: float = 0.02
     rise: float = 0.5
     start: float = 0.025
     first_step: int = 30
@@ -65,7 +66,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(price=3e-3),
+    "conservative": Policy(price=5e-3),
     "normal": Policy(),
-    "aggressive": Policy(price=0.03),
+    "aggressive": Policy(price=0.06),
 }

@@ -67,7 +67,7 @@ def remove_(
 ) -> Event:  # fmt: skip
     """Plan on `calibration`, apply, check on `held_out`; a removal that breaks a limit is undone and says so.
 
-    Without `budget` channels go while what they cost is below `price` (see `plan`).
+    Without `budget` it is the policy's tolerance times the loss (times 1 without `loss_fn`); for `price` see `plan`.
 
     Raises:
         ArgumentError: the calibration data is empty, or the model's loss on it isn't finite.
@@ -76,6 +76,8 @@ def remove_(
     start = time.perf_counter()
     before = evaluate(network.model, held_out, loss_fn)
     _check_calibration(calibration, before, loss_fn)
+    if budget is None:
+        budget = policy.tolerance * (abs(before.loss) if loss_fn else 1.0)
     groups = network.prunable(policy.floor)
     moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
     plans, errors = plan(network, groups, moments, policy, budget, price)
@@ -86,7 +88,7 @@ def remove_(
         by_name = {group.name: group for group in groups}
         shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
         after = evaluate(network.model, held_out, loss_fn)
-        increase, reason = judge(before, after, policy, budget or draft.predicted or 0.0, loss_fn)
+        increase, reason = judge(before, after, policy, draft.predicted or 0.0, loss_fn)
         if reason is not None:
             surgery.undo_()
         else:
@@ -100,14 +102,14 @@ def remove_(
 
 def plan(
     network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy,
-    budget: float | None, price: float,
+    budget: float, price: float,
 ) -> tuple[list[FoldPlan], dict[str, float]]:  # fmt: skip
     """Fold plans that spend where it saves most; and each group's unexplained share of output energy.
 
-    Channels go while the predicted loss increase stays within `budget` or, without one, while it costs less than
-    `price` for each share of the full network's cost that it saves.
+    Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
+    less than `price` for each share of the full network's cost that it saves.
     """
-    stop = price / 50 if budget is None else budget / 20
+    stop = min(price / 50, budget / 20)
     selections: dict[str, Selection] = {}
     curves: dict[str, Float64[Tensor, " n+1"]] = {}
     for group in groups:
@@ -117,8 +119,8 @@ def plan(
         )
         curves[group.name] = selections[group.name].curve(group.width, policy.floor) * overfit(group.width, m.samples)
     widths = spend(
-        curves, network.open_costs(groups), budget=math.inf if budget is None else budget,
-        multiple=policy.multiple, floor=policy.floor, least_worth=1 / price if budget is None else 0.0,
+        curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=policy.floor,
+        least_worth=1 / price,
     )  # fmt: skip
     plans, errors = [], {}
     for group in groups:
@@ -160,7 +162,7 @@ def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
 
 
 def judge(
-    before: Evaluation, after: Evaluation, policy: Policy, budget: float, loss_fn: LossFn | None
+    before: Evaluation, after: Evaluation, policy: Policy, predicted: float, loss_fn: LossFn | None
 ) -> tuple[float, str | None]:
     """The measured loss increase on held-out data, and why the removal must be undone (None if it need not)."""
     if loss_fn is None:
@@ -171,9 +173,9 @@ def judge(
         spread = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     if not math.isfinite(increase):
         return increase, "the loss on held-out data is no longer finite"
-    if increase - 3 * spread > policy.guard * budget + policy.tolerance * abs(before.loss if loss_fn else 1.0):
+    if increase - 3 * spread > policy.guard * predicted + policy.tolerance * abs(before.loss if loss_fn else 1.0):
         return increase, (
-            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by {budget:.3g} as "
+            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by {predicted:.3g} as "
             f"predicted"
         )
     if policy.max_loss_increase is not None and increase + spread > policy.max_loss_increase:
@@ -198,7 +200,7 @@ def certify(before: Evaluation, after: Evaluation, confidence: float, increase: 
 
 
 def _draft(
-    network: Network, step: int, budget: float | None, plans: Sequence[FoldPlan], errors: dict[str, float]
+    network: Network, step: int, budget: float, plans: Sequence[FoldPlan], errors: dict[str, float]
 ) -> Event:
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(

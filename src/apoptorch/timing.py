@@ -20,17 +20,31 @@ def _synchronize(device: torch.device) -> None:
 
 
 @cache
-def peak_flops(device: torch.device) -> float:
-    """FLOPs a second of a float32 matrix product, the best of three; takes milliseconds, once."""
-    size, best = (512 if device.type == "cpu" else 4096), math.inf
+def speeds(device: torch.device) -> tuple[float, float]:
+    """FLOPs a second of a float32 matrix product, bytes a second of an addition; takes milliseconds, once."""
+    size = 512 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device)
-    for _ in range(3):
-        _synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+    b = torch.ones(4 * size, size, device=device)
+    seconds = []
+    for work in (lambda: a @ a, lambda: b.add_(1.0)):
+        times = []
+        for _ in range(3):
+            _synchronize(device)
+            start = time.perf_counter()
+            work()
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+        seconds.append(min(times))
+    return 2.0 * size**3 / seconds[0], 8.0 * b.numel() / seconds[1]
+
+
+def training_seconds(forward_flops: float, parameters: int, device: torch.device) -> float:
+    """Least time of a training step: three forward passes' arithmetic; ten times over every parameter in memory
+
+    (read in forward and backward, gradient written and read, momentum and weight read and written, weight decay).
+    """
+    arithmetic, memory = speeds(device)
+    return 3 * forward_flops / arithmetic + 40 * parameters / memory
 
 
 class _Stopwatch(TorchFunctionMode):
