@@ -29,14 +29,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The model's graph in training mode or, where that can't be exported, in eval mode.
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...] = (True, False)
+) -> torch.export.ExportedProgram:
+    """The model's graph in training mode or, where that can't be exported, in eval mode; `modes`: which are tried.
 
     Raises:
-        ExportError: neither mode could be exported; the message says what was tried and how each try failed.
+        ExportError: no mode could be exported; the message says what was tried and how each try failed.
     """
     failures = []
-    for training in (True, False):
+    for training in modes:
         output = io.StringIO()  # a failing export prints its whole graph
         with preserved(model), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             model.train(training)

@@ -17,7 +17,7 @@ POINTWISE = (
     "reciprocal", "neg", "pow",
 )  # fmt: skip
 IDENTITY = (
-    "dropout", "feature_dropout", "native_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy",
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy",
     "to", "_to_copy", "type_as", "_assert_tensor_metadata",
 )  # fmt: skip
 POOLING = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
@@ -59,24 +59,26 @@ def layer(tracer: Tracer, node: Node, dim: int, out_dim: int, zero_padded: bool,
     x, weight_node, bias_node = node.args[0], node.args[1], argument(node, 2, "bias")
     flow = dict(tracer.flow(x))
     read = flow.pop(dim, None)
-    weight = tracer.weight(weight_node, node)
-    bias = tracer.tensors.get(bias_node) if bias_node is not None else None
+    weight, bias = tracer.tensor(weight_node), tracer.tensor(bias_node)
     if weight is None or (bias_node is not None and bias is None):
         tracer.pin_flow(tracer.flow(x), f"{tracer.where(node)} reads them with a weight that is computed in forward()")
         return
     weight_shape = shape(weight_node)
+    tracer.uses.setdefault(bias, set()).add(weight)
     slots, reason = layer_slots(tracer, weight, 0, 1)
     made = tracer.produce(weight_shape[0], slots + ([Slot(bias, 0)] if bias else []), node)
     if read is not None:
         if weight_shape[1] != tracer.draft(read).width * read.inner:
             tracer.pin(read, f"{tracer.where(node)} reads them together with others")
         columns, _ = layer_slots(tracer, weight, 1, read.inner)
-        tracer.consume(read, Consumer(columns[0], None if zero_padded else bias))
+        tracer.consume(read, Consumer(columns[0], None if zero_padded or read.padded else bias))
         tracer.pass_through(read, columns[1:])
+    else:
+        tracer.also_reads[columns_of(weight, slots)] = tracer.where(node)
     if reason is not None:
         tracer.pin_flow({0: made, 1: read} if read else {0: made}, reason)
     tracer.cost(math.prod(weight_shape), positions, made, read)
-    tracer.flows[node] = {**flow, out_dim: made}
+    tracer.flows[node] = {**{d: replace(axis, neuron="general") for d, axis in flow.items()}, out_dim: made}
 
 
 @rule("linear")
@@ -92,42 +94,64 @@ def convolution(tracer: Tracer, node: Node) -> None:
     padding = argument(node, 4, "padding", 0)
     zero_padded = padding not in (0, "valid") and any(padding if isinstance(padding, list | tuple) else [padding])
     positions = math.prod(shape(node)) // shape(node)[dim]
+    for other, axis in tracer.flow(node.args[0]).items():
+        if other > dim:
+            tracer.pin(axis, f"{tracer.where(node)} slides along them")
     if groups == 1:
         layer(tracer, node, dim, dim, bool(zero_padded), positions)
         return
     read = tracer.flow(node.args[0]).get(dim)
-    weight = tracer.tensors.get(node.args[1])
-    bias = tracer.tensors.get(argument(node, 2, "bias"))
-    if read is None or weight is None or groups != shape(node)[dim] or read.inner != 1 or tracer.draft(read).width != groups:
+    weight, bias = tracer.tensors.get(node.args[1]), tracer.tensors.get(argument(node, 2, "bias"))
+    computed = weight is None or (bias is None and argument(node, 2, "bias") is not None)
+    if read is None or computed or groups != shape(node)[dim] or read.inner != 1 or tracer.draft(read).width != groups:
         tracer.pin_flow(tracer.flow(node.args[0]), f"{tracer.where(node)} is a grouped convolution")
         return
     tracer.pass_through(read, [Slot(weight, 0)] + ([Slot(bias, 0)] if bias else []))  # depthwise
     tracer.cost(math.prod(shape(node.args[1])), positions, read, None)
-    tracer.flows[node] = {**tracer.flow(node.args[0]), dim: replace(read, neuron="general")}
+    tracer.flows[node] = {d: replace(axis, neuron="general") for d, axis in tracer.flow(node.args[0]).items()}
 
 
 @rule("batch_norm")
 def batch_norm(tracer: Tracer, node: Node) -> None:
+    """Its scale and statistics lie along dimension 1. Only an affine one leaves neurons that can be scaled."""
     flow = dict(tracer.flow(node.args[0]))
-    names = [tracer.tensors[arg] for arg in node.args[1:5] if isinstance(arg, Node) and arg in tracer.tensors]
-    if (axis := flow.get(1)) is not None:
-        tracer.pass_through(axis, [Slot(name, 0, axis.inner) for name in names])
-        if axis.neuron != "linear":
-            flow[1] = replace(axis, neuron="general")
+    given = [arg for arg in node.args[1:5] if arg is not None]
+    names = [tracer.tensors[arg] for arg in given if arg in tracer.tensors]
+    for dim, axis in flow.items():
+        if dim != 1:
+            tracer.pin(axis, f"{tracer.where(node)} normalises over them")
+        elif len(names) < len(given):
+            tracer.pin(axis, f"{tracer.where(node)} uses parameters that are computed in forward()")
+        else:
+            tracer.pass_through(axis, [Slot(name, 0, axis.inner) for name in names])
+            if axis.neuron != "linear" or node.args[1] is None:
+                flow[1] = replace(axis, neuron="general")
     tracer.flows[node] = flow
+
+
+def neuron_name(node: Node) -> str:
+    """The neuron type of an elementwise op, with its constants: "relu", "elu(0.5)"."""
+    constants = [arg for arg in node.args[1:] if isinstance(arg, int | float) and not isinstance(arg, bool)]
+    if op_name(node) == "gelu":
+        constants = [node.kwargs["approximate"]] if node.kwargs.get("approximate", "none") != "none" else []
+    return op_name(node) + (f"({', '.join(map(str, constants))})" if constants else "")
 
 
 @rule(*POINTWISE)
 def pointwise(tracer: Tracer, node: Node) -> None:
-    flow = dict(tracer.flow(node.args[0]))
-    constants = [arg for arg in node.args[1:] if isinstance(arg, int | float) and not isinstance(arg, bool)]
-    if op_name(node) == "gelu":
-        constants = [node.kwargs["approximate"]] if node.kwargs.get("approximate", "none") != "none" else []
-    name = op_name(node) + (f"({', '.join(map(str, constants))})" if constants else "")
-    if op_name(node) == "prelu" and (slope := tracer.tensors.get(node.args[1])) and shape(node.args[1])[0] > 1:
-        if 1 in flow:
-            tracer.pass_through(flow[1], [Slot(slope, 0, flow[1].inner)])
+    prelu = op_name(node) == "prelu"
+    if not prelu and len(nodes_of(node)) != 1 or not isinstance(node.args[0], Node):
+        arithmetic(tracer, node)
+        return
+    flow, name = dict(tracer.flow(node.args[0])), neuron_name(node)
+    if node.kwargs and op_name(node) != "gelu":
         name = "general"
+    if prelu and math.prod(shape(node.args[1])) > 1:
+        slope, name = tracer.tensors.get(node.args[1]), "general"
+        if 1 in flow and slope is None:
+            tracer.pin(flow[1], f"{tracer.where(node)} has slopes that are computed in forward()")
+        elif 1 in flow:
+            tracer.pass_through(flow[1], [Slot(slope, 0, flow[1].inner)])
     tracer.flows[node] = {
         dim: replace(axis, neuron=name if axis.neuron == "linear" and not axis.max_pooled else "general")
         for dim, axis in flow.items()
@@ -139,6 +163,12 @@ def identity(tracer: Tracer, node: Node) -> None:
     tracer.flows[node] = dict(tracer.flow(node.args[0]))
 
 
+def columns_of(weight: str, producers: list[Slot]) -> str:
+    """How `layer_slots` names the columns of a weight whose rows are `producers`."""
+    first = producers[0].tensor
+    return first if first.endswith(".original") else weight
+
+
 @rule(*POOLING)
 def pooling(tracer: Tracer, node: Node) -> None:
     """Pooling works on each channel alone; its spatial dimensions must not hold channels."""
@@ -148,9 +178,29 @@ def pooling(tracer: Tracer, node: Node) -> None:
         if dim >= kept:
             tracer.pin(axis, f"{tracer.where(node)} pools over them")
         else:
-            flow[dim] = replace(axis, max_pooled=axis.max_pooled or "max_pool" in op_name(node))
+            flow[dim] = replace(
+                axis, max_pooled=axis.max_pooled or "max_pool" in op_name(node), padded=axis.padded or pads_zeros(node)
+            )
     outputs = node.meta["val"]
     tracer.flows[node] = [flow] * len(outputs) if isinstance(outputs, list | tuple) else flow
+
+
+def pads_zeros(node: Node) -> bool:
+    padding = argument(node, 3, "padding", 0) if op_name(node).startswith("avg_pool") else 0
+    return any(padding) if isinstance(padding, list | tuple) else bool(padding)
+
+
+@rule("pad")
+def pad(tracer: Tracer, node: Node) -> None:
+    """Padding by reflection and the like keeps channels what they are; constants can't be folded across others."""
+    padded, flow = range(len(shape(node)) - len(node.args[1]) // 2, len(shape(node))), {}
+    constant = argument(node, 2, "mode", "constant") == "constant"
+    for dim, axis in tracer.flow(node.args[0]).items():
+        if dim in padded:
+            tracer.pin(axis, f"{tracer.where(node)} pads along them")
+        else:
+            flow[dim] = replace(axis, neuron="general", padded=True) if constant else axis
+    tracer.flows[node] = flow
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -162,6 +212,8 @@ def reshape(tracer: Tracer, node: Node) -> None:
         if target is None:
             tracer.pin(axis, f"{tracer.where(node)} mixes them with another dimension")
         else:
+            if target[0] in flow:
+                tracer.pin_flow({0: axis, 1: flow[target[0]]}, f"{tracer.where(node)} mixes them with other channels")
             flow[target[0]] = replace(axis, inner=target[1])
     tracer.flows[node] = flow
 
@@ -179,8 +231,6 @@ def regroup(old: tuple[int, ...], new: tuple[int, ...], dim: int, axis: Axis, wi
 
 @rule("transpose", "permute", "t", "numpy_T", "movedim", "swapaxes")
 def permute(tracer: Tracer, node: Node) -> None:
-    if node.args[0] in tracer.tensors:
-        tracer.used_by.setdefault(tracer.tensors[node.args[0]], []).append(tracer.where(node))
     flow, ndim = tracer.flow(node.args[0]), len(shape(node))
     order = list(range(ndim))
     if op_name(node) == "permute":
@@ -224,7 +274,7 @@ def softmax(tracer: Tracer, node: Node) -> None:
 @rule(*CONSTANT_OPS)
 def arithmetic(tracer: Tracer, node: Node) -> None:
     """Elementwise with a number, a per-channel parameter, or another tensor with the same channels."""
-    operands = [arg for arg in node.args[:2] if isinstance(arg, Node)]
+    operands = nodes_of(node)
     result: Flow = {}
     for operand in operands:
         offset = len(shape(node)) - len(shape(operand))
@@ -233,13 +283,17 @@ def arithmetic(tracer: Tracer, node: Node) -> None:
             if target in result:
                 result[target] = tracer.unite(result[target], axis, f"{tracer.where(node)} joins unlike channels")
             else:
-                result[target] = axis if len(operands) == 2 else replace(axis, neuron="general")
-    if len(operands) == 2:
-        for operand in operands:
-            meet(tracer, node, operand, result)
-    if operands and not (len(operands) == 2 and all(tracer.flow(operand) for operand in operands)):
+                result[target] = axis
+    for operand in operands:
+        meet(tracer, node, operand, result)
+    if op_name(node) not in ("add", "sub") or len(operands) != 2 or not all(map(tracer.flow, operands)):
         result = {dim: replace(axis, neuron="general") for dim, axis in result.items()}
     tracer.flows[node] = result
+
+
+def nodes_of(node: Node) -> list[Node]:
+    """The tensors that an elementwise op takes, as often as it takes them."""
+    return [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node)]
 
 
 def meet(tracer: Tracer, node: Node, operand: Node, result: Flow) -> None:
