@@ -18,6 +18,7 @@ from .errors import ArgumentError
 from .graph import trace
 from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
+from .rehearsal import rehearsed
 from .removal import Network, remove_
 from .surgery import named_tensors, narrow_
 from .timing import milliseconds, training_seconds
@@ -60,7 +61,7 @@ class Apoptosis:
         self.loss_fn, self.total_steps = loss_fn, total_steps
         self.history: list[Event] = []
         groups, costs = trace(model, args, kwargs)
-        groups = [_protected(group, protect) for group in groups]
+        groups = rehearsed(model, [_protected(group, protect) for group in groups], args, kwargs)
         self._network = Network(model, optimizers, tuple(followers), groups, costs)
         if self.policy.cost == "milliseconds":
             self._network.costs = milliseconds(model, groups, costs, Batch(args, kwargs))

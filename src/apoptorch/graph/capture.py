@@ -16,7 +16,8 @@ from ..errors import ExportError
 def preserved(model: nn.Module) -> Iterator[None]:
     """Puts the training mode of every module and the values of all buffers back, and leaves the RNG untouched."""
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+    owned = {module: dict(module._buffers) for module in modes}  # forward() may put others in their place
+    values = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
@@ -24,8 +25,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            module._buffers.clear()
+            module._buffers.update(owned[module])
         with torch.no_grad():
-            for buffer, value in buffers.items():
+            for buffer, value in values.items():
                 buffer.copy_(value)
 
 
@@ -44,7 +47,7 @@ def capture(
             model.train(training)
             try:
                 return torch.export.export(model, args, kwargs, strict=False)
-            except Exception as error:  # noqa: BLE001 - export raises whatever the user's forward raises
+            except Exception as error:  # export raises whatever the user's forward raises
                 text = next((line for line in str(error).splitlines() if line.strip()), "no message")
                 failures.append(f"in {'train' if training else 'eval'}(): {type(error).__name__}: {text.strip()[:300]}")
     raise ExportError(

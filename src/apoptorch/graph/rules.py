@@ -17,7 +17,8 @@ POINTWISE = (
     "reciprocal", "neg", "pow",
 )  # fmt: skip
 IDENTITY = (
-    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy",
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "clone", "contiguous",
+    "detach", "alias", "lift_fresh_copy",
     "to", "_to_copy", "type_as", "_assert_tensor_metadata",
 )  # fmt: skip
 POOLING = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
@@ -140,7 +141,7 @@ def neuron_name(node: Node) -> str:
 @rule(*POINTWISE)
 def pointwise(tracer: Tracer, node: Node) -> None:
     prelu = op_name(node) == "prelu"
-    if not prelu and len(nodes_of(node)) != 1 or not isinstance(node.args[0], Node):
+    if (not prelu and len(nodes_of(node)) != 1) or not isinstance(node.args[0], Node):
         arithmetic(tracer, node)
         return
     flow, name = dict(tracer.flow(node.args[0])), neuron_name(node)

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,9 @@ from ..plan import ChannelGroup, Consumer, CostTerm, Slot
 
 Rule = Callable[["Tracer", Node], None]
 RULES: dict[str, Rule] = {}
+VIEWS = (
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "alias", "detach",
+)  # fmt: skip
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -31,13 +35,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 class Axis:
     """One tensor dimension that holds a group's channels, `inner` consecutive entries each.
 
-    `neuron` is the non-linearity met since the producer ("linear" before any, "general" after two).
+    `neuron` is the non-linearity met since the producer ("linear" before any, "general" after two). `padded`: zeros
+    stand beside the channels at the border, so that a consumer can't take a constant exactly.
     """
 
     group: int
     inner: int = 1
     neuron: str = "linear"
     max_pooled: bool = False
+    padded: bool = False
 
 
 Flow = dict[int, Axis]  # tensor dimension -> the channels that lie along it
@@ -67,6 +73,11 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
+def attribute(name: str) -> str:
+    """A tensor's name as users know it: "0.weight" for "0.parametrizations.weight.original0"."""
+    return re.sub(r"(^|\.)parametrizations\.(\w+)\..*", r"\1\2", name)
+
+
 class Tracer:
     """Walks the graph once; each op's rule reads the flows of its inputs and writes that of its output."""
 
@@ -78,14 +89,18 @@ class Tracer:
         self.drafts: list[_Draft] = []
         self.parent: list[int] = []
         self.made_by: dict[tuple[str, int], int] = {}  # (tensor, dim) -> group
-        self.used_by: dict[str, list[str]] = {}  # tensor -> ops that use it in a way no rule describes
+        self.claimed: set[str] = set()  # tensors that the op at hand uses in a way that its rule describes
+        self.used_by: dict[str, list[str]] = {}  # tensor -> ops that use it in any other way
+        self.uses: dict[str | None, set[str]] = {}  # bias -> weights of the layers that add it
+        self.also_reads: dict[str, str] = {}  # weight -> op in which it reads what isn't a group's channels
         self.costs: list[tuple[float, float, int | None, int | None]] = []
 
     # -- the graph -------------------------------------------------------------------------------------------
     def run(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
         """The channel groups in the model's order, and the forward cost of each op that has one."""
         first_name: dict[int, str] = {}
-        named = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False)]
+        model = self.model
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             first_name.setdefault(id(tensor), name)
         by_name = {name: first_name[id(tensor)] for name, tensor in named}
@@ -107,16 +122,36 @@ class Tracer:
             flows = self.flows.get(node.args[0], {})
             self.flows[node] = flows[node.args[1]] if isinstance(flows, list) else dict(flows)
             return
-        inputs = node.all_input_nodes
+        inputs, self.claimed = node.all_input_nodes, set()
         if op_name(node) in RULES:
             RULES[op_name(node)](self, node)
         elif any(self.flow(used) for used in inputs):
             for used in inputs:
                 self.pin_flow(self.flow(used), f"{self.where(node)} has no rule that says what becomes of the channels")
-        if "parametrizations" not in self.path(node) and not self.flows.get(node):
+        if not self.parametrized(node):
             for used in inputs:  # a parameter used outside its layer's own op
-                if used in self.tensors and op_name(node) not in RULES:
-                    self.used_by.setdefault(self.tensors[used], []).append(self.where(node))
+                if (name := self.tensor(used)) is not None and attribute(name) not in self.claimed:
+                    self.used_by.setdefault(attribute(name), []).append(self.where(node))
+        if getattr(node.target, "__name__", "").partition(".")[0].endswith("_"):
+            self.alias(node.args[0])
+
+    def alias(self, node: Any) -> None:
+        """`node` was changed in place: if it is a view, those who read its base see other neurons than it seems."""
+        while isinstance(node, Node) and node.op == "call_function" and op_name(node) in VIEWS:
+            node = node.args[0]
+            if isinstance(node, Node) and len(node.users) > 1:
+                for axis in self.flow(node).values():
+                    self.draft(axis).neurons.add("general")
+
+    def parametrized(self, node: Node) -> bool:
+        """Is the op part of computing a parametrized attribute?"""
+        return "parametrizations" in self.path(node).split(".")
+
+    def tensor(self, node: Any) -> str | None:
+        """Name of a parameter or buffer, or of the parametrized attribute that the node computes."""
+        if node in self.tensors or not isinstance(node, Node) or not self.parametrized(node):
+            return self.tensors.get(node)
+        return attribute(f"{self.path(node)}.")
 
     def path(self, node: Node) -> str:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -165,37 +200,40 @@ class Tracer:
         if a.inner != b.inner:
             self.pin(a, reason)
         same = a.neuron == b.neuron == "linear"
-        return replace(a, neuron="linear" if same else "general", max_pooled=a.max_pooled or b.max_pooled)
+        return Axis(
+            a.group, a.inner, "linear" if same else "general", a.max_pooled or b.max_pooled, a.padded or b.padded
+        )
 
     # -- what rules call -------------------------------------------------------------------------------------
-    def weight(self, node: Any, like: Node) -> str | None:
-        """Name of a weight argument: a parameter, or the parametrized attribute `weight` of the op's module."""
-        if node in self.tensors:
-            return self.tensors[node]
-        module = self.model.get_submodule(self.path(like))
-        if nn.utils.parametrize.is_parametrized(module, "weight"):
-            return f"{self.path(like)}.weight".lstrip(".")
-        return None
-
     def produce(self, width: int, slots: Iterable[Slot], node: Node) -> Axis:
         """The axis made by these rows: a new group, or the one that already owns a slot (a shared module)."""
         slots = list(slots)
-        for slot in slots[:1]:
-            known = self.made_by.get((slot.tensor, slot.dim))
-            if known is not None:
-                return Axis(known)
-        self.drafts.append(_Draft(width, self.path(node) or slots[0].tensor.rpartition(".")[0], slots))
-        self.parent.append(len(self.parent))
+        known = self.made_by.get((slots[0].tensor, slots[0].dim))
+        if known is None:
+            self.drafts.append(_Draft(width, self.path(node) or slots[0].tensor.rpartition(".")[0]))
+            self.parent.append(len(self.parent))
+        axis = Axis(self.parent[-1] if known is None else known)
         for slot in slots:
-            self.made_by[(slot.tensor, slot.dim)] = self.parent[-1]
-        return Axis(self.parent[-1])
+            self.own(axis, slot)
+        draft = self.draft(axis)
+        draft.producers.extend(slot for slot in slots if slot not in draft.producers)
+        return axis
 
     def pass_through(self, axis: Axis, slots: Iterable[Slot]) -> None:
-        draft = self.draft(axis)
-        draft.passthrough.extend(slot for slot in slots if slot not in draft.passthrough)
+        for slot in slots:
+            self.own(axis, slot)
+            draft = self.draft(axis)
+            draft.passthrough.extend([slot] if slot not in draft.passthrough else [])
+
+    def own(self, axis: Axis, slot: Slot) -> None:
+        """These entries belong to the axis's group; if another group has them already, the two are one."""
+        self.claimed.add(attribute(slot.tensor))
+        known = self.made_by.setdefault((slot.tensor, slot.dim), self.group(axis.group))
+        self.unite(replace(axis, inner=1), Axis(known), f"{slot.tensor} serves unlike channels (a shared module)")
 
     def consume(self, axis: Axis, consumer: Consumer) -> None:
         key = (consumer.weight.tensor, consumer.weight.dim)
+        self.claimed |= {attribute(name) for name in (consumer.weight.tensor, consumer.bias) if name}
         known = self.made_by.get(key)
         reason = f"{consumer.weight.tensor} reads these channels more than once and not alike (a shared module)"
         if known is not None:
@@ -219,7 +257,8 @@ class Tracer:
     def finish(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
         roots = [i for i in range(len(self.drafts)) if self.group(i) == i]
         self.find_conflicts(roots)
-        names = {i: self.drafts[i].name for i in roots}
+        self.drop_shared_biases(roots)
+        names = self.names(roots)
         groups = []
         for i in roots:
             draft = self.drafts[i]
@@ -241,8 +280,27 @@ class Tracer:
         terms = [CostTerm(f, name_of[a], name_of[b], p) for (a, b), (f, p) in totals.items()]
         return groups, terms
 
+    def names(self, roots: list[int]) -> dict[int, str]:
+        """The module that makes a group's channels, or the tensor where that is not unique."""
+        drafts = {i: self.drafts[i] for i in roots}
+        taken = [draft.name for draft in drafts.values()] + [""]
+        return {
+            i: draft.name if taken.count(draft.name) == 1 else attribute(draft.producers[0].tensor)
+            for i, draft in drafts.items()
+        }
+
+    def drop_shared_biases(self, roots: list[int]) -> None:
+        """A bias that serves several layers, or elsewhere, can't take the constant part of one layer's fold."""
+        busy = [slot.tensor for i in roots for slot in self.drafts[i].passthrough]
+        for i in roots:
+            self.drafts[i].consumers = [
+                replace(c, bias=None) if c.bias in busy or len(self.uses.get(c.bias, ())) > 1 else c
+                for c in self.drafts[i].consumers
+            ]
+
     def find_conflicts(self, roots: list[int]) -> None:
         """Pins groups without consumers, with parameters in two roles, and with parameters used elsewhere."""
+        sizes = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for i in roots:
             draft = self.drafts[i]
             made = [slot.tensor for slot in draft.producers + draft.passthrough]
@@ -252,5 +310,9 @@ class Tracer:
                 draft.reasons.append("no layer reads its channels")
             for name in sorted(set(made) & set(read)):
                 draft.reasons.append(f"{name} both makes and reads these channels (a shared module or tied weight)")
-            for name in sorted(set(names) & set(self.used_by)):
+            for name in sorted({attribute(name) for name in names} & set(self.used_by)):
                 draft.reasons.append(f"{name} is also used by {self.used_by[name][0]}")
+            for name in sorted(set(read) & set(self.also_reads)):
+                draft.reasons.append(f"{name} also reads other inputs, by {self.also_reads[name]} (a shared module)")
+            for name in sorted(name for name in set(made) if name in sizes and not sizes[name].is_floating_point()):
+                draft.reasons.append(f"{name} holds {sizes[name].dtype}, not floating-point numbers")
