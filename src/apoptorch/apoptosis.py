@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .calibrate import Batch, LossFn
+from .calibrate import Batch, LossFn, evaluate
 from .errors import ArgumentError
 from .graph import trace
 from .plan import ChannelGroup, Event
@@ -71,7 +71,8 @@ class Apoptosis:
         self._event_step = self._first_event()
         self._wake = self._next_wake()
         self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
-        self._last_call = self._step_seconds = math.nan
+        self._last_call, self._step_seconds, self._first_loss = math.nan, math.inf, math.nan
+        self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
         self._thread: int | None = None
         self._stepped = not optimizers
         for item in optimizers:
@@ -95,9 +96,13 @@ class Apoptosis:
         """
         self._check_moment()
         self._step += 1
-        if self._step < self._wake:
+        if self._step < self._wake and self._step > 1:
             return None
-        return self._gather(Batch(inputs, kwinputs, targets))
+        batch = Batch(inputs, kwinputs, targets)
+        checks.checked(checks.data_problems(tree_leaves((inputs, kwinputs))))
+        if self._step == 1:
+            self._first_loss = evaluate(self._network.model, [batch], self.loss_fn).loss
+        return self._gather(batch) if self._step >= self._wake else None
 
     def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
         """One removal now, planned on three quarters of this batch and judged on the rest; survivors keep their weights.
@@ -124,8 +129,8 @@ class Apoptosis:
                 change = f"{group.name}: keeps its {group.width} channels: {group.reason}"
             elif group.width == group.full_width and undone:
                 change += f": {undone[-1].reason}"
-            elif group.width == group.full_width and self.history:
-                change += ": no redundancy found within the budget; policy='aggressive' spends more"
+            elif group.width == group.full_width and self._looked is not None:
+                change += ": nothing was redundant at this price; policy='aggressive' pays more"
             elif group.width == group.full_width:
                 change += ": nothing was tried yet; " + outlook
             lines.append(change)
@@ -140,7 +145,7 @@ class Apoptosis:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
         return {
-            "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale,
+            "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale, "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
             "widths": self._network.widths, "history": [event.to_json() for event in self.history],
             "shapes": {name: list(t.shape) for name, t in named_tensors(self._network.model).items()},
@@ -156,14 +161,14 @@ class Apoptosis:
         """
         if set(state["widths"]) != set(self._network.widths):
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(state['widths'])}. Build the same model."])
-        for module in (self._network.model, *self._network.followers):
-            narrow_(module, state["shapes"], self._network.optimizers)
+        narrow_(self._network.model, state["shapes"], self._network.optimizers, self._network.followers)
         self._network.groups = [replace(g, width=state["widths"][g.name]) for g in self._network.groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
+        self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
         self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]
         self.history = [Event.from_json(event) for event in state["history"]]
         self._batches = [Batch(tuple(args), kwargs, targets) for args, kwargs, targets in state["batches"]]
-        self._thread, self._last_call = None, math.nan
+        self._thread, self._last_call, self._step_seconds = None, math.nan, math.inf
 
     # -- the schedule ----------------------------------------------------------------------------------------
     def _first_event(self) -> int:
@@ -180,11 +185,10 @@ class Apoptosis:
 
     def _gather(self, batch: Batch) -> Event | None:
         """Keeps a copy of the batch; on the event's step, removes neurons if that is expected to pay."""
-        checks.checked(checks.data_problems(tree_leaves((batch.args, batch.kwargs))))
         now = time.perf_counter()
-        if len(self._batches) == 1:
-            self._step_seconds = now - self._last_call
-        elif self._batches:
+        if not self._batches:
+            self._step_seconds = math.inf
+        elif not math.isnan(self._last_call):
             self._step_seconds = min(self._step_seconds, now - self._last_call)
         self._batches.append(batch.map(lambda tensor: tensor.detach().clone()))
         event = None
@@ -192,16 +196,19 @@ class Apoptosis:
             batches, self._batches = self._batches, []
             if self._pays():
                 event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
-            self._event_step = math.ceil(self._step * self.policy.gap)
+            waits = 1 if event is None or event.changes else 2  # having found nothing, wait twice as long
+            self._event_step = math.ceil(self._step * self.policy.gap**waits)
             self._wake = self._next_wake()
         self._last_call = time.perf_counter()
-        return event
+        return event if event is not None and event.changes else None
 
     def _pays(self) -> bool:
         """Is the event expected to save `payback` times its cost in the steps that remain?
 
         Only time that follows the widths can be saved: arithmetic and memory traffic, not a small network's overhead.
         """
+        if math.isinf(self._step_seconds):  # resumed on this very step: no step was timed
+            return True
         remaining = (self.total_steps or 2 * self._step) - self._step
         speed, device = self._step_seconds, next(self._network.model.parameters()).device
         busy = training_seconds(self._network.flops(), self._network.parameters, device) / speed
@@ -209,7 +216,7 @@ class Apoptosis:
         return remaining * speed * min(1.0, busy) * self._fraction >= self.policy.payback * cost
 
     def _price(self) -> float:
-        """What a share of the full network's cost may cost in loss now; a run of unknown length is in its middle."""
+        """The policy's price now; a run of unknown length is in its middle."""
         progress = self._step / self.total_steps if self.total_steps else 0.5
         return self._scale * self.policy.price * min(1.0, progress) ** self.policy.rise
 
@@ -218,11 +225,12 @@ class Apoptosis:
     ) -> Event:
         event = remove_(
             self._network, calibration, held_out, self.loss_fn, policy, budget,
-            price=self._price() if budget is None else math.inf, step=self._step,
+            price=self._price() if budget is None else math.inf, first_loss=self._first_loss, step=self._step,
         )
-        self.history.append(event)
+        self._looked = event
+        self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
-        self._fraction = max(0.0, 1 - event.flops_after / event.flops_before)
+        self._fraction = max(0.15, 1 - event.flops_after / event.flops_before)
         self._event_seconds = event.seconds
         return event
 

@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .graph import preserved
 from .plan import ChannelGroup, Slot
@@ -41,6 +41,29 @@ class Batch:
         """The same batch with `function` applied to every tensor."""
         tensors = tree_map(lambda leaf: function(leaf) if torch.is_tensor(leaf) else leaf, (self.args, self.kwargs, self.targets))
         return Batch(*tensors)
+
+
+def merged(batches: Sequence[Batch], size: int = 256) -> list[Batch]:
+    """The same inputs in fewer batches of at least `size`, where all tensors are batched and alike in shape."""
+    result: list[Batch] = []
+    for batch in batches:
+        if result and result[-1].size < size and (joined := _joined(result[-1], batch)) is not None:
+            result[-1] = joined
+        else:
+            result.append(batch)
+    return result
+
+
+def _joined(a: Batch, b: Batch) -> Batch | None:
+    one, spec = tree_flatten((a.args, a.kwargs, a.targets))
+    other, same = tree_flatten((b.args, b.kwargs, b.targets))
+    for x, y in zip(one, other, strict=False):
+        alike = torch.is_tensor(x) and torch.is_tensor(y) and x.ndim and x.shape[1:] == y.shape[1:]
+        if not alike or len(x) != a.size or len(y) != b.size:
+            return None
+    if spec != same:
+        return None
+    return Batch(*tree_unflatten([torch.cat(pair) for pair in zip(one, other, strict=True)], spec))
 
 
 @dataclass(frozen=True)

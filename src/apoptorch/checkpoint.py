@@ -24,6 +24,7 @@ from apoptorch.surgery import Surgery, attributes, layout, named_tensors
 __all__ = ["load", "save"]
 
 _MANIFEST, _FORMAT, _VERSION, _MAX_BYTES = "manifest.json", "apoptorch", 1, 1 << 28
+_GATHERED = "apoptosis/"
 
 
 class _HasState(Protocol):
@@ -50,6 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | 
     if path.exists() and not path.is_dir():
         problems.append(f"`path` must be a directory, got a file ({path}). Choose another name.")
     _raise(problems)
+    state = None if apoptosis is None else _without_tensors(apoptosis.state_dict(), tensors)
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -57,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | 
         "tensors": {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()},
         "tied": {name: first for name, first in tied.items() if first != name},
         "attributes": _all_attributes(model),
-        "apoptosis": None if apoptosis is None else apoptosis.state_dict(),
+        "apoptosis": state,
     }
     text = json.dumps(manifest, indent=1)
     path.mkdir(parents=True, exist_ok=True)
@@ -87,8 +89,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any] | Non
         CheckpointError: every reason why the checkpoint can't be read or doesn't fit; nothing was changed.
     """
     manifest = _read_manifest(Path(path))
-    shapes = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
+    shapes = {name: entry["shape"] for name, entry in _of_model(manifest).items()}
     values, problems = _read_tensors(Path(path) / manifest["file"], manifest)
+    gathered = {name: values.pop(name) for name in [*values] if name.startswith(_GATHERED)}
     problems += _name_problems(model, manifest)
     known = named_tensors(model)
     try:
@@ -101,7 +104,30 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any] | Non
             surgery.fill_(values)
     except SurgeryError as error:
         _raise([*problems, *str(error).split("\n")])
-    return manifest["apoptosis"]
+    return _with_tensors(manifest["apoptosis"], gathered)
+
+
+def _of_model(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in manifest["tensors"].items() if not name.startswith(_GATHERED)}
+
+
+def _without_tensors(state: Any, found: dict[str, Tensor]) -> Any:
+    """`state` as JSON, its tensors (a calibration set half gathered) moved to `found`."""
+    if isinstance(state, Tensor):
+        name = f"{_GATHERED}{len(found)}"
+        found[name] = state
+        return name
+    if isinstance(state, dict):
+        return {key: _without_tensors(value, found) for key, value in state.items()}
+    return [_without_tensors(value, found) for value in state] if isinstance(state, list | tuple) else state
+
+
+def _with_tensors(state: Any, found: dict[str, Tensor]) -> Any:
+    if isinstance(state, dict):
+        return {key: _with_tensors(value, found) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_with_tensors(value, found) for value in state]
+    return found.get(state, state) if isinstance(state, str) else state
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -167,7 +193,7 @@ def _read_tensors(file: Path, manifest: dict[str, Any]) -> tuple[dict[str, Tenso
 def _name_problems(model: nn.Module, manifest: dict[str, Any]) -> Iterator[str]:
     """Names, ties and dtypes must be those of the model."""
     tied = {name: first for name, (_, first) in layout(model).items()}
-    saved = {name: name for name in manifest["tensors"]} | manifest["tied"]
+    saved = {name: name for name in _of_model(manifest)} | manifest["tied"]
     yield from _differences("name or tie of", saved, tied)
     for name, tensor in named_tensors(model).items():
         if (entry := manifest["tensors"].get(name)) and entry["dtype"] != _dtype(tensor):

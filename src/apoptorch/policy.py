@@ -10,10 +10,10 @@ class Policy:
     """How boldly neurons are removed. The three names "conservative", "normal", "aggressive" are `POLICIES`.
 
     Attributes:
-        price: channels go while the predicted loss increase is below this for the whole of the network's cost (half
-            FLOPs, half parameters, at full width): saving 1 % of it may cost price / 100. In units of the loss.
-        rise: the price at share p of the run is price * p ** rise: what is lost late is not learned again, but what
-            is redundant late is known better.
+        price: what the network's whole cost (half FLOPs, half parameters, at full width) is worth, as a share of what
+            has been learned, the fall of the loss since the first step: channels that are 1 % of the cost go if that
+            is predicted to lose less than price / 100 of it.
+        rise: the price at share p of the run is price * p ** rise: early, the network has more to learn.
         start, first_step: the first event comes after this share of the run, but not before this step.
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
@@ -30,7 +30,7 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.02
+    price: float = 0.0135
     rise: float = 0.5
     start: float = 0.025
     first_step: int = 30
@@ -66,7 +66,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(price=5e-3),
+    "conservative": Policy(price=0.005),
     "normal": Policy(),
-    "aggressive": Policy(price=0.06),
+    "aggressive": Policy(price=0.05),
 }

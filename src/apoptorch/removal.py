@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .bounds import clopper_pearson_upper
 from .budget import flops, spend
-from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, output_change
+from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, merged, output_change
 from .errors import ArgumentError
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
@@ -63,21 +63,26 @@ class Network:
 
 def remove_(
     network: Network, calibration: Sequence[Batch], held_out: Sequence[Batch], loss_fn: LossFn | None, policy: Policy,
-    budget: float | None = None, *, price: float = math.inf, step: int = 0,
+    budget: float | None = None, *, price: float = math.inf, first_loss: float = math.nan, step: int = 0,
 ) -> Event:  # fmt: skip
     """Plan on `calibration`, apply, check on `held_out`; a removal that breaks a limit is undone and says so.
 
-    Without `budget` it is the policy's tolerance times the loss (times 1 without `loss_fn`); for `price` see `plan`.
+    Without `budget` it is the policy's tolerance times the loss, and channels go for `price` (see `plan`) times what
+    has been learned: the fall of the loss since `first_loss`, at least a tenth of the loss. Without `loss_fn` the loss
+    counts as 1.
 
     Raises:
         ArgumentError: the calibration data is empty, or the model's loss on it isn't finite.
         SurgeryError: the removal failed half-way; everything was put back.
     """
     start = time.perf_counter()
+    calibration, held_out = merged(calibration), merged(held_out)
     before = evaluate(network.model, held_out, loss_fn)
     _check_calibration(calibration, before, loss_fn)
     if budget is None:
-        budget = policy.tolerance * (abs(before.loss) if loss_fn else 1.0)
+        level = abs(before.loss) if loss_fn else 1.0
+        learned = first_loss - before.loss if loss_fn else 1.0
+        budget, price = policy.tolerance * level, price * (learned if learned > 0.1 * level else 0.1 * level)
     groups = network.prunable(policy.floor)
     moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
     plans, errors = plan(network, groups, moments, policy, budget, price)
@@ -109,7 +114,7 @@ def plan(
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
     less than `price` for each share of the full network's cost that it saves.
     """
-    stop = min(price / 50, budget / 20)
+    stop = min(price / 20, budget / 20)
     selections: dict[str, Selection] = {}
     curves: dict[str, Float64[Tensor, " n+1"]] = {}
     for group in groups:

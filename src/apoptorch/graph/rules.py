@@ -50,7 +50,7 @@ def layer_slots(tracer: Tracer, name: str, dim: int, inner: int) -> tuple[list[S
         weight = Slot(f"{prefix}.original", dim, inner)
         if chain[0]._u is None:  # type: ignore[union-attr] - a vector: normalised directly, without buffers
             return [weight], None
-        taps = math.prod(getattr(module, attribute).shape[2:])
+        taps = math.prod(module.parametrizations[attribute].original.shape[2:])  # type: ignore[index]
         return [weight, Slot(f"{prefix}.0._u", 0) if dim == 0 else Slot(f"{prefix}.0._v", 0, inner * taps)], None
     return [Slot(name, dim, inner)], f"{name} has a parametrization ({kind}) for which there is no rule"
 

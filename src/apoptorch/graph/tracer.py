@@ -58,6 +58,7 @@ class _Draft:
     producers: list[Slot] = field(default_factory=list)
     passthrough: list[Slot] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    weights: set[str] = field(default_factory=set)  # those of the producers
     neurons: set[str] = field(default_factory=set)
     max_pooled: bool = False
     reasons: list[str] = field(default_factory=list)
@@ -192,6 +193,7 @@ class Tracer:
             first, second = self.drafts[i], self.drafts[j]
             for key in ("producers", "passthrough", "consumers", "reasons"):
                 getattr(first, key).extend(item for item in getattr(second, key) if item not in getattr(first, key))
+            first.weights |= second.weights
             first.neurons |= second.neurons
             first.max_pooled |= second.max_pooled
             self.parent[j] = i
@@ -216,6 +218,7 @@ class Tracer:
         for slot in slots:
             self.own(axis, slot)
         draft = self.draft(axis)
+        draft.weights.add(slots[0].tensor)
         draft.producers.extend(slot for slot in slots if slot not in draft.producers)
         return axis
 
@@ -262,8 +265,8 @@ class Tracer:
         groups = []
         for i in roots:
             draft = self.drafts[i]
-            several = sum(slot.tensor.endswith("weight") for slot in draft.producers) != 1
-            neuron = "general" if several or len(draft.neurons) != 1 else next(iter(draft.neurons))
+            plain = len(draft.weights) == 1 and not any("parametrizations" in name for name in draft.weights)
+            neuron = next(iter(draft.neurons)) if plain and len(draft.neurons) == 1 else "general"
             groups.append(
                 ChannelGroup(
                     names[i], draft.width, draft.width, neuron, tuple(draft.producers), tuple(draft.passthrough),
@@ -309,7 +312,7 @@ class Tracer:
             if not read:
                 draft.reasons.append("no layer reads its channels")
             for name in sorted(set(made) & set(read)):
-                draft.reasons.append(f"{name} both makes and reads these channels (a shared module or tied weight)")
+                draft.reasons.append(f"{name} both makes and reads these channels (a shared module, a tied weight, a residual block)")
             for name in sorted({attribute(name) for name in names} & set(self.used_by)):
                 draft.reasons.append(f"{name} is also used by {self.used_by[name][0]}")
             for name in sorted(set(read) & set(self.also_reads)):

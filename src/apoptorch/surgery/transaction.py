@@ -99,14 +99,14 @@ class Surgery:
         return dataclasses.replace(group, width=len(plan.keep))
 
     def narrow_(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """What the function `narrow_` does, as a part of this transaction; followers are left alone."""
-        network = self._networks[0]
-        with self._attempt(self._shape_problems(network, shapes)):
-            for name, tensor in named_tensors(network).items():
-                for dim, size in enumerate(shapes.get(name, ())):
-                    if size != tensor.shape[dim]:
-                        self._narrow_(tensor, dim, torch.arange(size))
-            self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
+        """What the function `narrow_` does, as a part of this transaction."""
+        with self._attempt(p for network in self._networks for p in self._shape_problems(network, shapes)):
+            for network in self._networks:
+                for name, tensor in named_tensors(network).items():
+                    for dim, size in enumerate(shapes.get(name, ())):
+                        if size != tensor.shape[dim]:
+                            self._narrow_(tensor, dim, torch.arange(size))
+                self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
 
     def fill_(self, values: Mapping[str, Tensor]) -> None:
         """Copy values of the same shapes into named parameters and buffers; followers are left alone."""
@@ -275,16 +275,17 @@ class Surgery:
 
 
 def narrow_(
-    model: nn.Module, shapes: Mapping[str, Sequence[int]], optimizers: Iterable[Optimizer] = ()
-) -> None:
+    model: nn.Module, shapes: Mapping[str, Sequence[int]], optimizers: Iterable[Optimizer] = (),
+    followers: Iterable[nn.Module] = (),
+) -> None:  # fmt: skip
     """Narrow named parameters and buffers to `shapes`: the first entries stay, attributes follow. All or nothing.
 
-    Optimizer state follows too; it may have the new shape already.
+    Optimizer state and followers do too; state may have the new shape already.
 
     Raises:
         SurgeryError: an unknown name, or a shape that isn't the old one with some dimensions narrowed.
     """
-    with Surgery(model, optimizers) as surgery:
+    with Surgery(model, optimizers, followers) as surgery:
         surgery.narrow_(shapes)
 
 
