@@ -312,7 +312,8 @@ class Tracer:
             if not read:
                 draft.reasons.append("no layer reads its channels")
             for name in sorted(set(made) & set(read)):
-                draft.reasons.append(f"{name} both makes and reads these channels (a shared module, a tied weight, a residual block)")
+                shared = "a shared module, a tied weight or a residual block"
+                draft.reasons.append(f"{name} both makes and reads these channels ({shared})")
             for name in sorted({attribute(name) for name in names} & set(self.used_by)):
                 draft.reasons.append(f"{name} is also used by {self.used_by[name][0]}")
             for name in sorted(set(read) & set(self.also_reads)):
