@@ -41,7 +41,7 @@ TASKS = {
     "higgs": (
         Task(
             model=lambda: mlp(28, 512, 512, 512, 512, 1),
-            optimizer=partial(AdamW, lr=1e-3),
+            optimizer=partial(AdamW, lr=3e-3),
             loss_fn=F.binary_cross_entropy_with_logits,
             metric=auc,
             batch=512,

@@ -95,7 +95,7 @@ def recipe(width: int, epochs: int) -> Task:
     """Three hidden layers, far wider than the task needs."""
     return Task(
         model=lambda: mlp(28, width, width, width, 1),
-        optimizer=partial(AdamW, lr=1e-3),
+        optimizer=partial(AdamW, lr=3e-3),
         loss_fn=F.binary_cross_entropy_with_logits,
         metric=auc,
         batch=512,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.export
+import torch.export._trace  # else imported by the first export, half a second into the training
 from torch import nn
 
 from ..errors import ExportError
