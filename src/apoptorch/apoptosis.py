@@ -52,10 +52,11 @@ class Apoptosis:
         model = checks.unwrapped(model)
         optimizers = _several(optimizer)
         args, kwargs = checks.as_call(example_inputs)
-        problems = [*checks.follower_problems(followers)]
+        problems = [*checks.follower_problems(model, followers)]
         problems += checks.optimizer_problems(model, optimizers, followers if not problems else ())
         problems += [*checks.name_problems(model, protect), *checks.call_problems(model, args, kwargs)]
-        problems += [*checks.data_problems(tree_leaves((args, kwargs))), *_setting_problems(loss_fn, total_steps, policy)]
+        problems += checks.data_problems(tree_leaves((args, kwargs)), "example_inputs")
+        problems += _setting_problems(loss_fn, total_steps, policy)
         checks.checked(problems)
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.loss_fn, self.total_steps = loss_fn, total_steps
@@ -147,7 +148,7 @@ class Apoptosis:
         return {
             "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale, "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
-            "widths": self._network.widths, "history": [event.to_json() for event in self.history],
+            "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups}, "history": [event.to_json() for event in self.history],
             "shapes": {name: list(t.shape) for name, t in named_tensors(self._network.model).items()},
             "batches": [[list(b.args), b.kwargs, b.targets] for b in self._batches],
         }  # fmt: skip
@@ -159,10 +160,11 @@ class Apoptosis:
             ArgumentError: the state is of another model.
             SurgeryError: the shapes don't fit.
         """
-        if set(state["widths"]) != set(self._network.widths):
-            raise ArgumentError([f"`state` must be of this model, got groups {sorted(state['widths'])}. Build the same model."])
+        widths, full = state.get("widths", {}), state.get("full_widths", {})
+        if set(widths) != set(self._network.widths):
+            raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
         narrow_(self._network.model, state["shapes"], self._network.optimizers, self._network.followers)
-        self._network.groups = [replace(g, width=state["widths"][g.name]) for g in self._network.groups]
+        self._network.groups = [replace(g, width=widths[g.name], full_width=full[g.name]) for g in self.groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
         self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
         self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]
@@ -268,7 +270,7 @@ def split(batch: Batch) -> tuple[Batch, Batch]:
     """Three quarters to plan on and a quarter to judge on; the same batch twice if it can't be divided."""
     size = batch.size
     leaves = [leaf for leaf in tree_leaves((batch.args, batch.kwargs, batch.targets)) if isinstance(leaf, Tensor)]
-    if size < 4 or any(leaf.ndim == 0 or len(leaf) != size for leaf in leaves):
+    if size < 8 or any(leaf.ndim == 0 or len(leaf) != size for leaf in leaves):
         return batch, batch
     cut = size - max(1, size // 4)
     return batch.map(lambda tensor: tensor[:cut]), batch.map(lambda tensor: tensor[cut:])
@@ -299,5 +301,5 @@ def _setting_problems(loss_fn: Any, total_steps: Any, policy: Any) -> Iterable[s
         yield f"`loss_fn` must be callable as loss_fn(output, targets), got {type(loss_fn).__name__}. Pass a function."
     if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
         yield f"`total_steps` must be a positive integer, got {total_steps!r}. Count the optimizer steps of the run."
-    if not isinstance(policy, Policy) and policy not in POLICIES:
+    if not isinstance(policy, Policy) and not (isinstance(policy, str) and policy in POLICIES):
         yield f"`policy` must be one of {', '.join(map(repr, POLICIES))} or a Policy, got {policy!r}. Choose one."

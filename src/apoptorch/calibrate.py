@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -125,6 +126,9 @@ class _Reading:
     output: Tensor
 
 
+_LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+
 class _Reader(TorchFunctionMode):
     """Sees every op of a forward pass and keeps the inputs of those that read a known weight."""
 
@@ -132,15 +136,20 @@ class _Reader(TorchFunctionMode):
         super().__init__()
         self.weights = weights
         self.readings: list[_Reading] = []
+        self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # inputs that need no gradient, and their stand-ins that do
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         known = [self.weights[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self.weights]
-        if known and not args[0].requires_grad:  # frozen layers below: let gradients start here
-            args = (args[0].detach().requires_grad_(), *args[1:])
+        if not known or func not in _LAYERS:
+            return func(*args, **kwargs)
+        if not args:  # F.linear(input=x, ...)
+            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+        if not args[0].requires_grad:  # frozen layers below: let gradients start here
+            _, start = self.starts.setdefault(id(args[0]), (args[0], args[0].detach().requires_grad_()))
+            args = (start, *args[1:])
         output = func(*args, **kwargs)
-        if torch.is_tensor(output) and output.is_floating_point():
-            self.readings += [_Reading(group, slot, weight, args[0], output) for group, slot, weight in known]
+        self.readings += [_Reading(group, slot, weight, args[0], output) for group, slot, weight in known]
         return output
 
 
@@ -180,12 +189,13 @@ class _Sums:
 def measure(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float
 ) -> dict[str, Moments]:
-    """Moments of every group, from one forward and one backward pass to the activations a batch.
+    """Moments of every group that is read, from one forward and one backward pass to the activations a batch.
 
     `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
     Without `loss_fn` the "loss" is the relative mean squared change of the model's output.
     """
     sums: dict[str, _Sums] = {}
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)  # a resumed run draws the same
     with calibrating(model), torch.enable_grad():
         weights: dict[int, tuple[str, Slot, Tensor]] = {}
         for group in groups:
@@ -198,22 +208,25 @@ def measure(
         for batch in batches:
             with _Reader(weights) as reader:
                 output = model(*batch.args, **batch.kwargs)
-            _accumulate(sums, reader.readings, output, batch, loss_fn, damping > 0)
+            sent = _output_gradients(output, batch, loss_fn, generator)
+            _accumulate(sums, reader.readings, *sent, damped=damping > 0)
     return {
         group.name: sums[group.name].moments(
             len(batches), damping, constant=all(consumer.bias for consumer in group.consumers)
         )
         for group in groups
+        if sums[group.name].positions  # else read in training mode only, by an auxiliary head
     }
 
 
 def _accumulate(
-    sums: dict[str, _Sums], readings: list[_Reading], output: Any, batch: Batch, loss_fn: LossFn | None, damped: bool
-) -> None:
-    leaves, gradients, terms = _output_gradients(output, batch, loss_fn)
+    sums: dict[str, _Sums], readings: list[_Reading], leaves: list[Tensor], gradients: list[Tensor], terms: int,
+    *, damped: bool,
+) -> None:  # fmt: skip
     sources = {id(reading.source): reading.source for reading in readings}
     wanted = [*sources.values(), *(reading.output for reading in readings if damped)]
-    found = torch.autograd.grad(leaves, wanted, gradients, allow_unused=True)
+    sent = leaves and wanted  # nothing to send where nothing is read, or nothing read reaches the output
+    found = torch.autograd.grad(leaves, wanted, gradients, allow_unused=True) if sent else [None] * len(wanted)
     of_source = dict(zip(sources, found, strict=False))
     of_output = found[len(sources) :] if damped else [None] * len(readings)
     seen = set()
@@ -226,7 +239,9 @@ def _accumulate(
             sums[reading.group].add(reading, gradient, output_gradient, terms)
 
 
-def _output_gradients(output: Any, batch: Batch, loss_fn: LossFn | None) -> tuple[list[Tensor], list[Tensor], int]:
+def _output_gradients(
+    output: Any, batch: Batch, loss_fn: LossFn | None, generator: torch.Generator
+) -> tuple[list[Tensor], list[Tensor], int]:
     """Output tensors, the vectors to send back from them, and the number of terms that the loss averages.
 
     With a loss: its gradient (empirical Fisher), scaled so that its trace is that of the loss's Hessian at the output
@@ -235,7 +250,8 @@ def _output_gradients(output: Any, batch: Batch, loss_fn: LossFn | None) -> tupl
     leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad]
     if loss_fn is None:
         scale = math.sqrt(sum(leaf.detach().double().square().sum().item() for leaf in leaves) / 2) or 1.0
-        return leaves, [torch.randn_like(leaf) / scale for leaf in leaves], 1
+        probes = [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) for x in leaves]
+        return leaves, [probe / scale for probe in probes], 1
     fresh = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
     loss = loss_fn(tree_map(lambda leaf: fresh.get(id(leaf), leaf), output), batch.targets)
     found = torch.autograd.grad(loss, list(fresh.values()), create_graph=True, allow_unused=True)
@@ -243,10 +259,13 @@ def _output_gradients(output: Any, batch: Batch, loss_fn: LossFn | None) -> tupl
     terms = _loss_terms(batch)
     curvature = 0.0
     if smooth := [(leaf, g) for leaf, g in used if g.requires_grad]:
-        signs = [torch.randint_like(g, 2) * 2 - 1 for _, g in smooth]
+        signs = [torch.randint(2, g.shape, generator=generator, device=g.device).to(g) * 2 - 1 for _, g in smooth]
         inner = [fresh[id(leaf)] for leaf, _ in smooth]
-        second = torch.autograd.grad([g for _, g in smooth], inner, signs, allow_unused=True)
-        curvature = sum(((s * h).sum() for s, h in zip(signs, second, strict=True) if h is not None), torch.zeros(())).item()
+        try:
+            second = torch.autograd.grad([g for _, g in smooth], inner, signs, allow_unused=True)
+        except RuntimeError:  # a loss whose second derivative torch doesn't know (CTC)
+            second = [None] * len(smooth)
+        curvature = sum((s * h).sum().item() for s, h in zip(signs, second, strict=True) if h is not None)
     fisher = terms * sum(g.detach().square().sum().item() for _, g in used)
     scale = math.sqrt(curvature / fisher) if curvature > 0 and fisher > 0 else 1.0
     return [leaf for leaf, _ in used], [g.detach() * scale for _, g in used], terms

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .calibrate import calibrating
-from .errors import ArgumentError
+from .errors import ArgumentError, SurgeryError
+from .surgery import Surgery
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -70,14 +71,22 @@ def optimizer_problems(model: nn.Module, optimizers: Sequence[Any], followers: S
             )
 
 
-def follower_problems(followers: Sequence[Any]) -> Iterator[str]:
+def follower_problems(model: nn.Module, followers: Any) -> Iterator[str]:
+    if not isinstance(followers, list | tuple):
+        yield f"`followers` must be a list or tuple of modules, got {type(followers).__name__}. Write followers=(ema,)."
+        return
     for i, follower in enumerate(followers):
         if not isinstance(follower, nn.Module):
             yield f"`followers` must be modules, got {type(follower).__name__} (number {i}). Pass e.g. an AveragedModel."
+            return
+    try:
+        Surgery(model, (), followers)
+    except SurgeryError as error:
+        yield str(error)
 
 
 def name_problems(model: nn.Module, protect: Any) -> Iterator[str]:
-    if isinstance(protect, str) or not all(isinstance(name, str) for name in protect):
+    if not isinstance(protect, list | tuple | set | frozenset) or not all(isinstance(name, str) for name in protect):
         yield f"`protect` must be a sequence of module names, got {protect!r}. Write protect=('encoder.0',)."
         return
     modules = dict(model.named_modules())
@@ -98,16 +107,15 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def call_problems(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
-    """Does the model run on these inputs, and gives finite numbers?"""
+    """Does the model run on these inputs?"""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
     if not tensors or any(t.numel() == 0 for t in tensors):
-        yield f"`example_inputs` must hold at least one input, got {shapes}. Pass one batch of the training data."
-        return
+        return  # `data_problems` says so
     try:
         with calibrating(model), torch.no_grad():
             model(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 - a forward pass raises whatever the user wrote
+    except Exception as error:  # a forward pass raises whatever the user wrote
         yield (
             f"`example_inputs` must fit model.forward, got {shapes}: {type(error).__name__}: {str(error)[:300]}. "
             "Pass a tensor, a tuple of positional or a dict of keyword arguments, as in training."
@@ -125,11 +133,15 @@ def moment_problems(thread: int | None) -> Iterator[str]:
         yield "`step` must be called by one thread, got a second one. Call it where the optimizer steps."
 
 
-def data_problems(tensors: Iterable[Any]) -> Iterator[str]:
+def data_problems(leaves: Iterable[Any], name: str = "inputs") -> Iterator[str]:
     """Calibration data must not be empty, NaN or infinite."""
-    for i, tensor in enumerate(leaf for leaf in tensors if isinstance(leaf, Tensor)):
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors:
+        yield f"`{name}` must hold at least one tensor, got none. Pass the batch that was trained on."
+    for i, tensor in enumerate(tensors):
+        where = f"(tensor {i}, shape {tuple(tensor.shape)})"
         if tensor.numel() == 0:
-            yield f"`inputs` must not be empty, got shape {tuple(tensor.shape)} (tensor {i}). Pass a batch of data."
+            yield f"`{name}` must not be empty, got shape {tuple(tensor.shape)} (tensor {i}). Pass a batch of data."
         elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
-            yield f"`inputs` must be finite, got {bad} NaN or infinite values (tensor {i}, shape {tuple(tensor.shape)})."
+            yield f"`{name}` must be finite, got {bad} NaN or infinite values {where}. Leave such batches out."

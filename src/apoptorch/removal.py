@@ -85,6 +85,7 @@ def remove_(
         budget, price = policy.tolerance * level, price * (learned if learned > 0.1 * level else 0.1 * level)
     groups = network.prunable(policy.floor)
     moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
+    groups = [group for group in groups if group.name in moments]
     plans, errors = plan(network, groups, moments, policy, budget, price)
     draft = _draft(network, step, budget, plans, errors)
     if not plans:
@@ -125,7 +126,7 @@ def plan(
         curves[group.name] = selections[group.name].curve(group.width, policy.floor) * overfit(group.width, m.samples)
     widths = spend(
         curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=policy.floor,
-        least_worth=1 / price,
+        least_worth=1 / price if price > 0 else math.inf,
     )  # fmt: skip
     plans, errors = [], {}
     for group in groups:
