@@ -95,15 +95,18 @@ def remove_(
         shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
         after = evaluate(network.model, held_out, loss_fn)
         increase, reason = judge(before, after, policy, draft.predicted or 0.0, loss_fn)
+        certificate = certify(before, after, policy.confidence, increase)
         if reason is not None:
             surgery.undo_()
-        else:
-            network.groups = [shrunk.get(group.name, group) for group in network.groups]
-    return replace(
-        draft, widths_after=network.widths, parameters_after=network.parameters, flops_after=network.flops(),
-        measured=increase, certificate=certify(before, after, policy.confidence, increase),
-        rolled_back=reason is not None, reason=reason, seconds=time.perf_counter() - start,
-    )  # fmt: skip
+            shrunk = {}
+        changed = replace(network, groups=[shrunk.get(group.name, group) for group in network.groups])
+        event = replace(
+            draft, widths_after=changed.widths, parameters_after=changed.parameters, flops_after=changed.flops(),
+            measured=increase, certificate=certificate, rolled_back=reason is not None, reason=reason,
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
+    network.groups = changed.groups
+    return event
 
 
 def plan(
