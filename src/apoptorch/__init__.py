@@ -4,6 +4,7 @@ from .apoptosis import Apoptosis
 from .errors import ApoptosisError, ArgumentError, CheckpointError, ExportError, SurgeryError
 from .plan import Event
 from .policy import Policy
+from .shrink import shrink
 
 __all__ = [
     "Apoptosis",
@@ -14,4 +15,5 @@ __all__ = [
     "ExportError",
     "Policy",
     "SurgeryError",
+    "shrink",
 ]

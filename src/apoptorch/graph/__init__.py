@@ -7,9 +7,10 @@ from torch import nn
 from ..plan import ChannelGroup, CostTerm
 from . import rules as rules  # registers the rules
 from .capture import capture, preserved
-from .tracer import Tracer
+from .chain import Link, chain
+from .tracer import Tracer, attribute
 
-__all__ = ["preserved", "trace"]
+__all__ = ["Link", "attribute", "preserved", "trace", "trace_chain"]
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[ChannelGroup], list[CostTerm]]:
@@ -19,3 +20,14 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         ExportError: torch.export can't capture the model.
     """
     return Tracer(model, capture(model, args, kwargs)).run()
+
+
+def trace_chain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Link] | str:
+    """The ops of the model in eval mode from its input to its output; in words why, if they are no chain.
+
+    Raises:
+        ExportError: torch.export can't capture the model in eval mode.
+    """
+    tracer = Tracer(model, capture(model, args, kwargs, modes=(False,)))
+    tracer.run()
+    return chain(tracer)
