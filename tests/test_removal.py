@@ -1,0 +1,537 @@
+"""One removal: planted redundancy goes, nothing else changes, and whatever fails leaves everything bit for bit."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from apoptorch import Apoptosis, Policy, apoptosis, removal
+from apoptorch.calibrate import Batch
+from apoptorch.errors import ArgumentError
+from apoptorch.graph import trace
+from apoptorch.plan import Event
+from apoptorch.policy import POLICIES
+from apoptorch.surgery import Surgery
+
+POLICY = Policy(multiple=1, floor=1, rebalance=False)
+
+
+def data(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def copy_rows(module, sources, targets):
+    """Makes output channels `targets` of a layer, or of a norm, the same as `sources`."""
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.ndim:
+                tensor[targets] = tensor[sources]
+
+
+def mlp():
+    """64 and 40 channels, of which 24 and 16 are copies, dead, or constant."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 40), nn.Tanh(), nn.Linear(40, 5))
+    copy_rows(model[0], range(16), range(40, 56))
+    copy_rows(model[2], range(8), range(24, 32))
+    with torch.no_grad():
+        model[0].bias[56:60] = -100.0  # dead
+        model[0].weight[60:] = 0.0  # constant, some of them at 0
+        model[2].weight[32:] = 0.0
+    return model, data(512, 10), {"0": 40, "2": 24}
+
+
+def cnn():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 9, 24),
+        nn.Tanh(), nn.Linear(24, 5),
+    )  # fmt: skip
+    for _ in range(5):
+        model(data(64, 1, 8, 8))
+    copy_rows(model[0], range(6), range(10, 16)), copy_rows(model[1], range(6), range(10, 16))
+    copy_rows(model[4], range(4), range(8, 12)), copy_rows(model[5], range(4), range(8, 12))
+    copy_rows(model[8], range(8), range(16, 24))
+    return model, data(256, 1, 8, 8, seed=1), {"0": 10, "4": 8, "8": 16}
+
+
+def normed():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        weight_norm(nn.Linear(10, 32)), nn.ReLU(), weight_norm(nn.Linear(32, 24)), nn.Tanh(), nn.Linear(24, 5)
+    )
+    for layer, kept in ((model[0], 20), (model[2], 14)):
+        parameters = [*layer.parametrizations.weight.parameters(), layer.bias]
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter[kept:] = parameter[: len(parameter) - kept]
+    return model, data(512, 10), {"0": 20, "2": 14}
+
+
+PLANTED = {"mlp": mlp, "cnn": cnn, "weight norm": normed}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("loss", [True, False])
+@pytest.mark.parametrize("name", PLANTED)
+def test_all_planted_redundancy_goes_and_the_output_stays(name, loss, training):
+    model, x, widths = PLANTED[name]()
+    y = torch.arange(len(x)) % 5
+    model.train(training)
+    apoptosis = Apoptosis(model, example_inputs=x[:4], loss_fn=F.cross_entropy if loss else None, policy=POLICY)
+    before = copy.deepcopy(model).eval()(x)
+    event = apoptosis.apoptose(x, targets=y if loss else None, budget=1e-6)
+    assert event.reason is None
+    assert not event.rolled_back
+    found = {group.name: group.width for group in apoptosis.groups if group.prunable}
+    assert found == widths
+    assert {change.group: change.after for change in event.changes} == widths
+    assert 0 <= event.predicted <= 1e-6
+    assert model.training == training
+    after = model.eval()(x)
+    assert (after - before).norm() <= 1e-4 * before.norm()
+    assert all(change.error <= 1e-6 for change in event.changes)
+    assert event.parameters_after == sum(p.numel() for p in model.parameters()) < event.parameters_before
+    assert event.flops_after < event.flops_before
+
+
+def test_widths_are_rounded_to_the_multiple_and_stay_above_the_floor():
+    model, x, _ = mlp()
+    apoptosis = Apoptosis(model, example_inputs=x, policy=Policy(multiple=16, floor=32))
+    apoptosis.apoptose(x, budget=1e-6)
+    assert [group.width for group in apoptosis.groups] == [48, 32, 5]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_prediction_is_within_a_factor_of_three_of_what_is_measured(share):
+    """Least squares with noise in the targets: its loss is exactly of second order in the outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.Tanh(), nn.Linear(64, 8))
+    x = data(4096, 10)
+    y = model(x).detach() + 0.3 * data(4096, 8, seed=1)
+    apoptosis = Apoptosis(model, example_inputs=x[:4], loss_fn=F.mse_loss, policy=POLICY)
+    before = model(x)
+    event = apoptosis.apoptose(x, targets=y, budget=share * before.square().mean().item())
+    assert event.changes[0].after < 64
+    second_order = (model(x) - before).square().mean().item()  # the loss has curvature 2, and E noise = 0
+    assert second_order / 3 < event.predicted < 3 * second_order
+    assert event.measured == pytest.approx(second_order, rel=0.5)
+
+
+def test_prediction_is_within_a_factor_of_three_for_cross_entropy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 8))
+    x = data(4096, 10)
+    y = torch.distributions.Categorical(logits=model(x).detach()).sample()  # calibrated: gradients average out
+    apoptosis = Apoptosis(model, example_inputs=x[:4], loss_fn=F.cross_entropy, policy=POLICY)
+    before = model(x).detach()
+    event = apoptosis.apoptose(x, targets=y, budget=1e-3)
+    assert event.changes[0].after < 64
+    divergence = F.kl_div(model(x).log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
+    assert divergence.item() / 3 < event.predicted < 3 * divergence.item()
+
+
+def test_more_budget_removes_more_and_none_removes_nothing():
+    sizes = []
+    for budget in (0.0, 1e-6, 1e-3, 1e-1, 10.0):
+        model, x, _ = mlp()
+        apoptosis = Apoptosis(model, example_inputs=x, policy=POLICY)
+        event = apoptosis.apoptose(x, budget=budget)
+        sizes.append(event.parameters_after if not event.rolled_back else math.nan)
+        assert (event.predicted or 0.0) <= budget
+    assert sizes[0] >= sizes[1] > sizes[2] > sizes[3]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_model_without_anything_to_remove():
+    model, x = nn.Linear(10, 5), data(64, 10)
+    state = copy.deepcopy(model.state_dict())
+    apoptosis = Apoptosis(model, example_inputs=x, loss_fn=F.cross_entropy)
+    event = apoptosis.apoptose(x, targets=torch.arange(64) % 5, budget=1.0)
+    assert event.reason
+    assert not event.changes
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_before_the_first_step_the_price_is_nothing():
+    model, x, _ = mlp()
+    apoptosis = Apoptosis(model, example_inputs=x, loss_fn=F.cross_entropy, total_steps=100)
+    event = apoptosis.apoptose(x, targets=torch.arange(512) % 5)
+    assert event.parameters_after <= event.parameters_before
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13])
+def test_few_inputs_under_batch_norm(n):
+    model, x, _ = cnn()
+    apoptosis = Apoptosis(model.train(), example_inputs=x, policy=POLICY)
+    event = apoptosis.apoptose(x[:n], budget=1e-9)
+    assert event.certificate is None or event.certificate.samples >= min(n, 2)
+
+
+def test_auxiliary_head_that_only_trains_keeps_its_width():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c, self.d = nn.Linear(10, 32), nn.Linear(32, 3), nn.Linear(10, 16), nn.Linear(16, 3)
+            copy_rows(self.a, range(8), range(24, 32))
+
+        def forward(self, x):
+            output = self.b(self.a(x).tanh())
+            return output + self.d(self.c(x).tanh()) if self.training else output
+
+    model, x = Auxiliary(), data(256, 10)
+    apoptosis = Apoptosis(model, example_inputs=x, policy=POLICY)
+    apoptosis.apoptose(x, budget=1e-6)
+    assert {group.name: group.width for group in apoptosis.groups if group.prunable} == {"a": 24, "c": 16}
+    model.train()(x).sum().backward()
+
+
+def test_constant_activations_everywhere():
+    """Nothing varies: all the second moments are of rank 1 or 0."""
+    model, _, _ = mlp()
+    x = torch.zeros(64, 10)
+    apoptosis = Apoptosis(model, example_inputs=x, policy=POLICY)
+    before = model(x)
+    event = apoptosis.apoptose(x, budget=1e-6)
+    assert not event.rolled_back
+    assert [group.width for group in apoptosis.groups][:2] == [1, 1]
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+# The guard, and failures: everything is as before
+
+
+def bits(value):
+    """A comparable image of any state, exact to the bit."""
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().cpu().contiguous().flatten()
+        return str(value.dtype), tuple(value.shape), tuple(value.stride()), raw.view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(item) for item in value]
+    return repr(value)
+
+
+class Patient:
+    """A model in the middle of training, with all that hangs on it."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 32),
+            nn.Dropout(0.2), nn.ReLU(), weight_norm(nn.Linear(32, 24)), nn.Tanh(), nn.Linear(24, 5),
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        self.ema = AveragedModel(self.model, use_buffers=True)
+        first, last = [*self.model[:2].parameters()], [*self.model[2:].parameters()]
+        self.optimizers = [torch.optim.SGD(first, 0.05, momentum=0.9), torch.optim.AdamW(last, 0.01, amsgrad=True)]
+        self.model.train()[1].eval()
+        self.x, self.y = data(96, 1, 6, 6), torch.arange(96) % 5
+        for _ in range(3):
+            self.train()
+        copy_rows(self.model[0], range(6), range(10, 16)), copy_rows(self.model[1], range(6), range(10, 16))
+        copy_rows(self.model[4], range(8), range(24, 32)), copy_rows(self.model[7], range(8), range(16, 24))
+        copy_rows(self.model[7].parametrizations.weight, range(8), range(16, 24))
+        F.cross_entropy(self.model(self.x), self.y).backward()  # gradients that an event must keep
+        self.parameters = dict(self.model.named_parameters())
+        self.groups = None
+
+    def train(self):
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.ema.update_parameters(self.model)
+        return loss
+
+    def image(self):
+        networks = [self.model, self.ema]
+        tensors = [(n, t) for net in networks for n, t in [*net.named_parameters(), *net.named_buffers()]]
+        modules = [module for net in networks for module in net.modules()]
+        return {
+            "tensors": [(name, id(t), bits(t), bits(t.grad), t.requires_grad) for name, t in tensors],
+            "optimizers": [bits(optimizer.state_dict()) for optimizer in self.optimizers],
+            "modes": [module.training for module in modules],
+            "sizes": [
+                {k: v for k, v in vars(m).items() if isinstance(v, int | tuple) and not k.startswith("_")}
+                for m in modules
+            ],
+            "rng": bits(torch.get_rng_state()),
+        }
+
+    def apoptosis(self, loss_fn=F.cross_entropy, **policy):
+        return Apoptosis(
+            self.model, self.optimizers, example_inputs=self.x, loss_fn=loss_fn, followers=[self.ema],
+            policy=Policy(**{"multiple": 1, "floor": 1, **policy}),
+        )  # fmt: skip
+
+
+class Rising:
+    """Cross-entropy, but once channels are gone it is worse by one."""
+
+    def __init__(self, model):
+        self.model, self.full, self.broken = model, sum(p.numel() for p in model.parameters()), 1.0
+
+    def __call__(self, output, targets):
+        shrunk = sum(p.numel() for p in self.model.parameters()) < self.full
+        return F.cross_entropy(output, targets) + (self.broken if shrunk else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "policy", "reason"),
+    [
+        (1.0, {}, "the loss on held-out data rose by"),
+        (math.nan, {}, "no longer finite"),
+        (math.inf, {}, "no longer finite"),
+        (0.0, {"max_loss_increase": -1.0}, "a loss increase within -1 can't be shown"),
+        (0.0, {"max_changed_predictions": 0.0}, "changed predictions can't be shown"),
+    ],
+)
+def test_a_removal_that_breaks_a_limit_is_undone_bit_for_bit(broken, policy, reason):
+    patient = Patient()
+    loss_fn = Rising(patient.model)
+    loss_fn.broken = broken
+    apoptosis = patient.apoptosis(loss_fn, **policy)
+    before, groups = patient.image(), apoptosis.groups
+    event = apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4)
+    assert event.rolled_back
+    assert reason in event.reason
+    assert event.changes
+    assert event.widths_after == event.widths_before
+    assert event.parameters_after == event.parameters_before
+    assert apoptosis.groups == groups
+    assert patient.image() == before
+    assert apoptosis.history == [event]
+    assert Event.from_json(event.to_json()).reason == event.reason
+    changed = event.changes[0].group
+    line = next(line for line in apoptosis.explain().splitlines() if line.startswith(f"{changed}:"))
+    assert reason in line
+    assert math.isfinite(patient.train().item())
+
+
+def test_without_a_loss_the_guard_watches_the_output():
+    patient = Patient()
+    apoptosis = patient.apoptosis(None, guard=1e-9, tolerance=0.0)
+    before = patient.image()
+    event = apoptosis.apoptose(patient.x, budget=1e-4)
+    assert event.rolled_back
+    assert patient.image() == before
+
+
+def test_after_an_undone_event_less_is_paid():
+    patient = Patient()
+    apoptosis = patient.apoptosis(Rising(patient.model))
+    price = apoptosis._price()
+    apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4)
+    assert apoptosis._price() < price
+
+
+class Injected(Exception):
+    pass
+
+
+def fails_at(function, call):
+    """`function`, but its call number `call` raises after it ran."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        result = function(*args, **kwargs)
+        if count == call:
+            raise Injected
+        return result
+
+    return wrapped
+
+
+# Stage -> (owner, name, number of calls in one event of the patient, where 3 groups shrink)
+STAGES = {
+    "merge": (removal, "merged", 2),
+    "evaluate": (removal, "evaluate", 2),
+    "measure": (removal, "measure", 1),
+    "select": (removal, "select", 3),
+    "spend": (removal, "spend", 1),
+    "fold": (removal, "fold", 3),
+    "unexplained": (removal, "unexplained", 3),
+    "surgery": (Surgery, "fold_", 3),
+    "judge": (removal, "judge", 1),
+    "certify": (removal, "certify", 2),
+    "limit": (removal, "clopper_pearson_upper", 2),
+    "cost": (removal, "flops", 2),
+}
+
+
+@pytest.mark.parametrize(("stage", "call"), [(name, i + 1) for name, (*_, n) in STAGES.items() for i in range(n)])
+def test_failure_at_every_stage_leaves_everything_as_it_was(stage, call, monkeypatch):
+    patient = Patient()
+    apoptosis = patient.apoptosis()
+    before, groups, state = patient.image(), apoptosis.groups, bits(apoptosis.state_dict())
+    owner, name, _ = STAGES[stage]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails_at(getattr(owner, name), call))
+        with pytest.raises(Injected):
+            apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4)
+    assert patient.image() == before
+    assert apoptosis.groups == groups
+    assert bits(apoptosis.state_dict()) == state
+    patient.train()
+    assert apoptosis.step(patient.x, targets=patient.y) is None
+    event = apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4)
+    assert len(event.changes) == 3
+    assert not event.rolled_back
+    assert math.isfinite(patient.train().item())
+
+
+def test_every_stage_is_called_as_often_as_failures_are_injected(monkeypatch):
+    patient = Patient()
+    apoptosis, counts = patient.apoptosis(), dict.fromkeys(STAGES, 0)
+
+    def counted(stage, function):
+        def wrapped(*args, **kwargs):
+            counts[stage] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for stage, (owner, name, _) in STAGES.items():
+        monkeypatch.setattr(owner, name, counted(stage, getattr(owner, name)))
+    assert len(apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4).changes) == 3
+    assert all(counts[stage] >= n for stage, (*_, n) in STAGES.items())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_interrupted_between_two_groups(error, monkeypatch):
+    patient = Patient()
+    apoptosis = patient.apoptosis()
+    before, done = patient.image(), []
+    whole = Surgery.fold_
+
+    def fold_(self, group, plan):
+        if done:
+            raise error
+        done.append(group)
+        return whole(self, group, plan)
+
+    monkeypatch.setattr(Surgery, "fold_", fold_)
+    with pytest.raises(error):
+        apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4)
+    assert done
+    assert patient.image() == before
+
+
+def test_an_event_keeps_identity_gradients_modes_and_random_state():
+    patient = Patient()
+    apoptosis = patient.apoptosis()
+    before = patient.image()
+    event = apoptosis.apoptose(patient.x, targets=patient.y, budget=1e-4)
+    assert event.parameters_after < event.parameters_before
+    after = patient.image()
+    assert [(t[0], t[1], t[4]) for t in after["tensors"]] == [(t[0], t[1], t[4]) for t in before["tensors"]]
+    assert after["modes"] == before["modes"]
+    assert after["rng"] == before["rng"]
+    assert {p.shape for p in patient.model.parameters()} == {p.shape for p in patient.ema.module.parameters()}
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in patient.model.parameters())
+    for optimizer in patient.optimizers:
+        for parameter, values in optimizer.state.items():
+            assert all(v.shape == parameter.shape for v in values.values() if torch.is_tensor(v) and v.ndim)
+    assert patient.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# Pieces
+
+
+def test_shares_of_cost_sum_to_one_at_full_width():
+    model, x, _ = cnn()
+    groups, costs = trace(model, (x,), {})
+    network = removal.Network(model, (), (), groups, costs)
+    full = {group.name: group.width for group in groups}
+    for chosen in (groups, groups[:1], groups[1:3], []):
+        terms, widths = network.open_costs(chosen), {group.name: full[group.name] for group in chosen}
+        assert removal.flops(terms, widths) == pytest.approx(1.0)
+    assert network.flops() == removal.flops(costs, full)
+
+
+def test_certificate_counts_changed_predictions():
+    evaluations = [
+        removal.Evaluation(4, loss, (loss,), torch.tensor(classes), ())
+        for loss, classes in ((1.0, [0, 1, 2, 0]), (1.5, [0, 1, 0, 0]))
+    ]
+    certificate = removal.certify(*evaluations, 0.95, 0.5)
+    assert (certificate.samples, certificate.changed_predictions) == (4, 1)
+    assert (certificate.loss_before, certificate.loss_after) == (1.0, 1.5)
+    # P(at most 1 of 4) = (1 - p)^4 + 4 p (1 - p)^3 must be 0.05 at the limit
+    p = certificate.changed_upper
+    assert (1 - p) ** 4 + 4 * p * (1 - p) ** 3 == pytest.approx(0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(
+    ("layers", "scaled"),
+    [
+        ([nn.Linear(10, 32), nn.ReLU()], ("0.weight", "0.bias")),
+        ([nn.Linear(10, 32), nn.BatchNorm1d(32), nn.ReLU()], ("1.weight", "1.bias")),
+        ([nn.Linear(10, 32), nn.BatchNorm1d(32, affine=False), nn.ReLU()], ()),
+        ([nn.Linear(10, 32), nn.Tanh()], ()),
+        ([weight_norm(nn.Linear(10, 32)), nn.ReLU()], ()),
+    ],
+    ids=["relu", "norm", "norm, not affine", "tanh", "weight norm"],
+)
+def test_survivors_are_rescaled_only_where_it_changes_nothing(layers, scaled, optimizer):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*copy.deepcopy(layers), nn.Linear(32, 5)), data(512, 10)
+    if len(scaled) or optimizer is torch.optim.SGD:
+        copy_rows(model[0], range(8), range(24, 32)) if not hasattr(model[0], "parametrizations") else None
+    if len(layers) == 3:
+        model(x)
+        copy_rows(model[1], range(8), range(24, 32))
+    optimizers = (optimizer(model.parameters(), 0.1),)
+    groups, costs = trace(model, (x,), {})
+    network = removal.Network(model, optimizers, (), groups, costs)
+    found = removal.pacemakers(network, groups[0])
+    assert found == (scaled if optimizer is torch.optim.SGD else ())
+    before = copy.deepcopy(model).eval()(x)
+    policy = Policy(multiple=1, floor=1)
+    removal.remove_(network, [Batch((x,), {})], [Batch((x,), {})], None, policy, 1e-6)
+    torch.testing.assert_close(model.eval()(x), before, rtol=1e-3, atol=1e-4)
+
+
+def test_named_policies_differ_in_price_only_and_in_order():
+    prices = [POLICIES[name].price for name in ("conservative", "normal", "aggressive")]
+    assert prices == sorted(set(prices))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"price": 0}, {"gap": 1.0}, {"stop": 0.0}, {"samples": 1}, {"confidence": 1.0}, {"cost": "euros"}, {"multiple": 0},
+     {"floor": 0}, {"payback": -1}, {"start": 1.0}, {"first_step": 0}, {"guard": 0}, {"tolerance": -0.1}],
+    ids=str,
+)  # fmt: skip
+def test_policy_out_of_range(wrong):
+    with pytest.raises(ArgumentError, match=f"`{next(iter(wrong))}` must"):
+        Policy(**wrong)
+    with pytest.raises(ArgumentError) as error:
+        Policy(**wrong, damping=-1.0)
+    assert len(error.value.problems) == 2
+
+
+def test_a_batch_is_split_into_three_quarters_and_a_quarter():
+    batch = Batch((data(10, 3),), {"m": data(10)}, torch.arange(10))
+    calibration, held_out = apoptosis.split(batch)
+    assert (calibration.size, held_out.size) == (8, 2)
+    assert torch.equal(torch.cat([calibration.targets, held_out.targets]), batch.targets)
+    for whole in (
+        Batch((data(7, 3),), {}),
+        Batch((data(8, 3), torch.tensor(1.0)), {}),
+        Batch((data(8, 3),), {}, data(9)),
+    ):
+        assert apoptosis.split(whole) == (whole, whole)
