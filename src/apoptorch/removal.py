@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
@@ -57,7 +56,8 @@ class Network:
             sides = [term.out_group, term.in_group]
             share = term.flops / flops(self.costs, full) + term.parameters / parameters
             fixed = math.prod(widths[side] for side in sides if side and side not in names)
-            terms.append(CostTerm(share / 2 * fixed, *(side if side in names else None for side in sides)))
+            out_group, in_group = (side if side in names else None for side in sides)
+            terms.append(CostTerm(share / 2 * fixed, out_group, in_group))
         return terms
 
 

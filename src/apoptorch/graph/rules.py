@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Node
 
 from ..plan import Consumer, Slot
-from .tracer import Axis, Flow, Tracer, op_name, rule, shape
+from .tracer import Axis, Flow, Tracer, arguments, op_name, rule, shape
 
 POINTWISE = (
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
@@ -28,7 +28,7 @@ CONSTANT_OPS = ("add", "sub", "rsub", "mul", "div")
 
 
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+    return arguments(node)[index] if len(arguments(node)) > index else node.kwargs.get(name, default)
 
 
 def layer_slots(tracer: Tracer, name: str, dim: int, inner: int) -> tuple[list[Slot], str | None]:
@@ -57,7 +57,7 @@ def layer_slots(tracer: Tracer, name: str, dim: int, inner: int) -> tuple[list[S
 
 def layer(tracer: Tracer, node: Node, dim: int, out_dim: int, zero_padded: bool, positions: int) -> None:
     """linear and convolution: the input's channels at `dim` are read, those at `out_dim` are made."""
-    x, weight_node, bias_node = node.args[0], node.args[1], argument(node, 2, "bias")
+    x, weight_node, bias_node = arguments(node)[0], arguments(node)[1], argument(node, 2, "bias")
     flow = dict(tracer.flow(x))
     read = flow.pop(dim, None)
     weight, bias = tracer.tensor(weight_node), tracer.tensor(bias_node)
@@ -91,32 +91,32 @@ def linear(tracer: Tracer, node: Node) -> None:
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(tracer: Tracer, node: Node) -> None:
     groups = argument(node, 6, "groups", 1)
-    dim = len(shape(node)) - (len(shape(node.args[1])) - 1)  # 0 without a batch dimension
+    dim = len(shape(node)) - (len(shape(arguments(node)[1])) - 1)  # 0 without a batch dimension
     padding = argument(node, 4, "padding", 0)
     zero_padded = padding not in (0, "valid") and any(padding if isinstance(padding, list | tuple) else [padding])
     positions = math.prod(shape(node)) // shape(node)[dim]
-    for other, axis in tracer.flow(node.args[0]).items():
+    for other, axis in tracer.flow(arguments(node)[0]).items():
         if other > dim:
             tracer.pin(axis, f"{tracer.where(node)} slides along them")
     if groups == 1:
         layer(tracer, node, dim, dim, bool(zero_padded), positions)
         return
-    read = tracer.flow(node.args[0]).get(dim)
-    weight, bias = tracer.tensors.get(node.args[1]), tracer.tensors.get(argument(node, 2, "bias"))
-    computed = weight is None or (bias is None and argument(node, 2, "bias") is not None)
-    if read is None or computed or groups != shape(node)[dim] or read.inner != 1 or tracer.draft(read).width != groups:
-        tracer.pin_flow(tracer.flow(node.args[0]), f"{tracer.where(node)} is a grouped convolution")
+    read = tracer.flow(arguments(node)[0]).get(dim)
+    weight, bias = tracer.tensors.get(arguments(node)[1]), tracer.tensors.get(argument(node, 2, "bias"))
+    computed = bias is None and argument(node, 2, "bias") is not None
+    if read is None or weight is None or computed or groups != shape(node)[dim] or read.inner != 1 or tracer.draft(read).width != groups:
+        tracer.pin_flow(tracer.flow(arguments(node)[0]), f"{tracer.where(node)} is a grouped convolution")
         return
     tracer.pass_through(read, [Slot(weight, 0)] + ([Slot(bias, 0)] if bias else []))  # depthwise
-    tracer.cost(math.prod(shape(node.args[1])), positions, read, None)
-    tracer.flows[node] = {d: replace(axis, neuron="general") for d, axis in tracer.flow(node.args[0]).items()}
+    tracer.cost(math.prod(shape(arguments(node)[1])), positions, read, None)
+    tracer.flows[node] = {d: replace(axis, neuron="general") for d, axis in tracer.flow(arguments(node)[0]).items()}
 
 
 @rule("batch_norm")
 def batch_norm(tracer: Tracer, node: Node) -> None:
     """Its scale and statistics lie along dimension 1. Only an affine one leaves neurons that can be scaled."""
-    flow = dict(tracer.flow(node.args[0]))
-    given = [arg for arg in node.args[1:5] if arg is not None]
+    flow = dict(tracer.flow(arguments(node)[0]))
+    given = [arg for arg in arguments(node)[1:5] if arg is not None]
     names = [tracer.tensors[arg] for arg in given if arg in tracer.tensors]
     for dim, axis in flow.items():
         if dim != 1:
@@ -125,14 +125,14 @@ def batch_norm(tracer: Tracer, node: Node) -> None:
             tracer.pin(axis, f"{tracer.where(node)} uses parameters that are computed in forward()")
         else:
             tracer.pass_through(axis, [Slot(name, 0, axis.inner) for name in names])
-            if axis.neuron != "linear" or node.args[1] is None:
+            if axis.neuron != "linear" or arguments(node)[1] is None:
                 flow[1] = replace(axis, neuron="general")
     tracer.flows[node] = flow
 
 
 def neuron_name(node: Node) -> str:
     """The neuron type of an elementwise op, with its constants: "relu", "elu(0.5)"."""
-    constants = [arg for arg in node.args[1:] if isinstance(arg, int | float) and not isinstance(arg, bool)]
+    constants = [arg for arg in arguments(node)[1:] if isinstance(arg, int | float) and not isinstance(arg, bool)]
     if op_name(node) == "gelu":
         constants = [node.kwargs["approximate"]] if node.kwargs.get("approximate", "none") != "none" else []
     return op_name(node) + (f"({', '.join(map(str, constants))})" if constants else "")
@@ -141,18 +141,18 @@ def neuron_name(node: Node) -> str:
 @rule(*POINTWISE)
 def pointwise(tracer: Tracer, node: Node) -> None:
     prelu = op_name(node) == "prelu"
-    if (not prelu and len(nodes_of(node)) != 1) or not isinstance(node.args[0], Node):
+    if (not prelu and len(nodes_of(node)) != 1) or not isinstance(arguments(node)[0], Node):
         arithmetic(tracer, node)
         return
-    flow, name = dict(tracer.flow(node.args[0])), neuron_name(node)
+    flow, name = dict(tracer.flow(arguments(node)[0])), neuron_name(node)
     if node.kwargs and op_name(node) != "gelu":
         name = "general"
-    if prelu and math.prod(shape(node.args[1])) > 1:
-        slope, name = tracer.tensors.get(node.args[1]), "general"
-        if 1 in flow and slope is None:
-            tracer.pin(flow[1], f"{tracer.where(node)} has slopes that are computed in forward()")
-        elif 1 in flow:
+    if prelu and math.prod(shape(arguments(node)[1])) > 1:
+        slope, name = tracer.tensors.get(arguments(node)[1]), "general"
+        if 1 in flow and slope is not None:
             tracer.pass_through(flow[1], [Slot(slope, 0, flow[1].inner)])
+        elif 1 in flow:
+            tracer.pin(flow[1], f"{tracer.where(node)} has slopes that are computed in forward()")
     tracer.flows[node] = {
         dim: replace(axis, neuron=name if axis.neuron == "linear" and not axis.max_pooled else "general")
         for dim, axis in flow.items()
@@ -161,7 +161,7 @@ def pointwise(tracer: Tracer, node: Node) -> None:
 
 @rule(*IDENTITY)
 def identity(tracer: Tracer, node: Node) -> None:
-    tracer.flows[node] = dict(tracer.flow(node.args[0]))
+    tracer.flows[node] = dict(tracer.flow(arguments(node)[0]))
 
 
 def columns_of(weight: str, producers: list[Slot]) -> str:
@@ -173,9 +173,9 @@ def columns_of(weight: str, producers: list[Slot]) -> str:
 @rule(*POOLING)
 def pooling(tracer: Tracer, node: Node) -> None:
     """Pooling works on each channel alone; its spatial dimensions must not hold channels."""
-    kept = len(shape(node.args[0])) - int(op_name(node).split("pool")[1][0])
+    kept = len(shape(arguments(node)[0])) - int(op_name(node).split("pool")[1][0])
     flow: Flow = {}
-    for dim, axis in tracer.flow(node.args[0]).items():
+    for dim, axis in tracer.flow(arguments(node)[0]).items():
         if dim >= kept:
             tracer.pin(axis, f"{tracer.where(node)} pools over them")
         else:
@@ -194,9 +194,9 @@ def pads_zeros(node: Node) -> bool:
 @rule("pad")
 def pad(tracer: Tracer, node: Node) -> None:
     """Padding by reflection and the like keeps channels what they are; constants can't be folded across others."""
-    padded, flow = range(len(shape(node)) - len(node.args[1]) // 2, len(shape(node))), {}
+    padded, flow = range(len(shape(node)) - len(arguments(node)[1]) // 2, len(shape(node))), {}
     constant = argument(node, 2, "mode", "constant") == "constant"
-    for dim, axis in tracer.flow(node.args[0]).items():
+    for dim, axis in tracer.flow(arguments(node)[0]).items():
         if dim in padded:
             tracer.pin(axis, f"{tracer.where(node)} pads along them")
         else:
@@ -208,8 +208,8 @@ def pad(tracer: Tracer, node: Node) -> None:
 def reshape(tracer: Tracer, node: Node) -> None:
     """A channel dimension may absorb the dimensions inside it (flatten), or give them back (unflatten)."""
     flow: Flow = {}
-    for dim, axis in tracer.flow(node.args[0]).items():
-        target = regroup(shape(node.args[0]), shape(node), dim, axis, tracer.draft(axis).width)
+    for dim, axis in tracer.flow(arguments(node)[0]).items():
+        target = regroup(shape(arguments(node)[0]), shape(node), dim, axis, tracer.draft(axis).width)
         if target is None:
             tracer.pin(axis, f"{tracer.where(node)} mixes them with another dimension")
         else:
@@ -232,12 +232,12 @@ def regroup(old: tuple[int, ...], new: tuple[int, ...], dim: int, axis: Axis, wi
 
 @rule("transpose", "permute", "t", "numpy_T", "movedim", "swapaxes")
 def permute(tracer: Tracer, node: Node) -> None:
-    flow, ndim = tracer.flow(node.args[0]), len(shape(node))
+    flow, ndim = tracer.flow(arguments(node)[0]), len(shape(node))
     order = list(range(ndim))
     if op_name(node) == "permute":
-        order = [dim % ndim for dim in node.args[1]]
+        order = [dim % ndim for dim in arguments(node)[1]]
     elif op_name(node) in ("transpose", "swapaxes"):
-        a, b = (dim % ndim for dim in node.args[1:3])
+        a, b = (dim % ndim for dim in arguments(node)[1:3])
         order[a], order[b] = order[b], order[a]
     elif op_name(node) in ("t", "numpy_T"):
         order.reverse()
@@ -249,7 +249,7 @@ def permute(tracer: Tracer, node: Node) -> None:
 
 @rule("mean", "sum", "amax")
 def reduction(tracer: Tracer, node: Node) -> None:
-    flow, ndim = tracer.flow(node.args[0]), len(shape(node.args[0]))
+    flow, ndim = tracer.flow(arguments(node)[0]), len(shape(arguments(node)[0]))
     dims = argument(node, 1, "dim")
     reduced = {d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))}
     keepdim = argument(node, 2, "keepdim", False)
@@ -265,8 +265,8 @@ def reduction(tracer: Tracer, node: Node) -> None:
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax")
 def softmax(tracer: Tracer, node: Node) -> None:
-    flow = dict(tracer.flow(node.args[0]))
-    dim = node.args[1] % len(shape(node))
+    flow = dict(tracer.flow(arguments(node)[0]))
+    dim = arguments(node)[1] % len(shape(node))
     if dim in flow:
         tracer.pin(flow.pop(dim), f"{tracer.where(node)} normalises over them")
     tracer.flows[node] = {d: replace(axis, neuron="general") for d, axis in flow.items()}
@@ -294,7 +294,7 @@ def arithmetic(tracer: Tracer, node: Node) -> None:
 
 def nodes_of(node: Node) -> list[Node]:
     """The tensors that an elementwise op takes, as often as it takes them."""
-    return [arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, Node)]
+    return [arg for arg in (*arguments(node), *node.kwargs.values()) if isinstance(arg, Node)]
 
 
 def meet(tracer: Tracer, node: Node, operand: Node, result: Flow) -> None:

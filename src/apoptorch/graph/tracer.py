@@ -70,6 +70,11 @@ def op_name(node: Node) -> str:
     return node.target._schema.name.split("::")[-1].removesuffix("_")
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """Positional arguments, without fx's type of everything that they might be."""
+    return node.args
+
+
 def shape(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
@@ -120,8 +125,8 @@ class Tracer:
 
     def call(self, node: Node) -> None:
         if node.target is operator.getitem:
-            flows = self.flows.get(node.args[0], {})
-            self.flows[node] = flows[node.args[1]] if isinstance(flows, list) else dict(flows)
+            flows = self.flows.get(arguments(node)[0], {})
+            self.flows[node] = flows[arguments(node)[1]] if isinstance(flows, list) else dict(flows)
             return
         inputs, self.claimed = node.all_input_nodes, set()
         if op_name(node) in RULES:
@@ -134,12 +139,12 @@ class Tracer:
                 if (name := self.tensor(used)) is not None and attribute(name) not in self.claimed:
                     self.used_by.setdefault(attribute(name), []).append(self.where(node))
         if getattr(node.target, "__name__", "").partition(".")[0].endswith("_"):
-            self.alias(node.args[0])
+            self.alias(arguments(node)[0])
 
     def alias(self, node: Any) -> None:
         """`node` was changed in place: if it is a view, those who read its base see other neurons than it seems."""
         while isinstance(node, Node) and node.op == "call_function" and op_name(node) in VIEWS:
-            node = node.args[0]
+            node = arguments(node)[0]
             if isinstance(node, Node) and len(node.users) > 1:
                 for axis in self.flow(node).values():
                     self.draft(axis).neurons.add("general")
