@@ -283,9 +283,9 @@ def _several(optimizer: Any) -> tuple[Any, ...]:
 
 
 def _protected(group: ChannelGroup, protect: Sequence[str]) -> ChannelGroup:
-    owners = [slot.tensor.split(".parametrizations.")[0] for slot in group.producers]
+    owned = [slot.tensor for slot in (*group.producers, *group.passthrough)]
     for name in protect:
-        if any(owner == name or owner.startswith(f"{name}.") for owner in owners):
+        if any(tensor.startswith(f"{name}.") for tensor in owned):
             reason = "; ".join(filter(None, (f"protected by protect=({name!r},)", group.reason)))
             return replace(group, prunable=False, reason=reason)
     return group

@@ -46,10 +46,11 @@ def model_problems(model: Any) -> Iterator[str]:
         return
     home = parameters[0][1].device
     for name, parameter in parameters:
-        where = f"({name}, shape {tuple(parameter.shape)})"
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             yield f"`model` must be initialised, got a lazy parameter ({name}). Run one forward pass first."
-        elif parameter.device != home:
+            continue
+        where = f"({name}, shape {tuple(parameter.shape)})"
+        if parameter.device != home:
             yield f"`model` must be on one device, got {parameter.device} besides {home} {where}. Move it with model.to()."
         elif not parameter.is_floating_point():
             yield f"`model` must have floating-point parameters, got {parameter.dtype} {where}. Make it a buffer."
