@@ -43,11 +43,7 @@ def commit() -> str:
 def conditions() -> dict[str, object]:
     """What the numbers depend on."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if cpuinfo.exists()
-        else []
-    )
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     cpu = names[0].split(":")[1].strip() if names else platform.processor()
     machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -73,15 +69,9 @@ def schedules(task: str, seed: int, now: str) -> tuple[int, ...]:
         return (TASKS[task][0].epochs,)
     if task == SOONER:
         return SOONER_EPOCHS
-    base = {
-        r["contender"]: r
-        for r in records()
-        if (r["task"], r["seed"], r["commit"]) == ("fashion-mlp", seed, now)
-    }
+    base = {r["contender"]: r for r in records() if (r["task"], r["seed"], r["commit"]) == ("fashion-mlp", seed, now)}
     if len(base) < 2:
-        raise SystemExit(
-            f"{task} must follow fashion-mlp, got no run of seed {seed}. Add fashion-mlp to --tasks."
-        )
+        raise SystemExit(f"{task} must follow fashion-mlp, got no run of seed {seed}. Add fashion-mlp to --tasks.")
     return (int(base["dense"]["epochs"] * base["dense"]["wall_s"] / base["apoptosis"]["wall_s"]),)
 
 
@@ -124,9 +114,7 @@ def main() -> None:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -59,10 +59,7 @@ def _time_share(dense: dict, apoptosis: dict) -> float:
 
 def _sooner(dense: dict, apoptosis: dict) -> float:
     """Share of the dense run's time after which its final metric is first reached; infinite if never."""
-    return (
-        min((t for t, m in apoptosis["curve"] if m >= dense["metric"]), default=float("inf"))
-        / dense["wall_s"]
-    )
+    return min((t for t, m in apoptosis["curve"] if m >= dense["metric"]), default=float("inf")) / dense["wall_s"]
 
 
 def _gain(task: str, wall: float, fewer: float | None, points: float) -> list[Row]:
@@ -138,13 +135,10 @@ def line(row: Row, runs: list[dict]) -> str:
 def summary(task: str, contender: str, runs: list[dict]) -> str:
     """Medians of one contender in Markdown, one line per schedule."""
     lines = []
-    for epochs in sorted(
-        {run["epochs"] for run in runs if (run["task"], run["contender"]) == (task, contender)}
-    ):
+    for epochs in sorted({run["epochs"] for run in runs if (run["task"], run["contender"]) == (task, contender)}):
         same = [r for r in runs if (r["task"], r["contender"], r["epochs"]) == (task, contender, epochs)]
         wall, cpu, flops, size, metric = (
-            median(run[name] for run in same)
-            for name in ("wall_s", "cpu_s", "train_flops", "parameters", "metric")
+            median(run[name] for run in same) for name in ("wall_s", "cpu_s", "train_flops", "parameters", "metric")
         )
         shapes = "; ".join(" ".join(map(str, run["widths"])) for run in same)
         lines.append(
@@ -156,9 +150,7 @@ def summary(task: str, contender: str, runs: list[dict]) -> str:
 
 def page(runs: list[dict]) -> str:
     """The whole page; of several runs of the same thing the last one counts."""
-    runs = list(
-        {tuple(run[k] for k in ("task", "contender", "seed", "epochs")): run for run in runs}.values()
-    )
+    runs = list({tuple(run[k] for k in ("task", "contender", "seed", "epochs")): run for run in runs}.values())
     head = "| task | what | target | median | spread | |\n|---|---|---|---|---|---|"
     detail = (
         "| task | contender | epochs | wall s | CPU s | training FLOPs | parameters | metric | widths per seed "

@@ -36,9 +36,7 @@ if __name__ == "__main__":
             compression_level=19,
             use_dictionary=[name for name in table.column_names if name == "label" or name.endswith("tag")],
             column_encoding={
-                name: "BYTE_STREAM_SPLIT"
-                for name in table.column_names
-                if name != "label" and not name.endswith("tag")
+                name: "BYTE_STREAM_SPLIT" for name in table.column_names if name != "label" and not name.endswith("tag")
             },
         )
         print(split, json.dumps({"events": events, "bytes": (HERE / f"{split}.parquet").stat().st_size}))

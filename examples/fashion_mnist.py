@@ -40,9 +40,7 @@ def train(contender: str, task: Task, data: datasets.Split, seed: int) -> dict:
                 apoptosis.step(x, targets=y)
             meter.step(model)
         test = meter.evaluate(model)
-        print(
-            f"{contender}: epoch {epoch + 1}, loss {loss.item():.3f}, test accuracy {test:.4f}, {meter.wall_s:.1f} s"
-        )
+        print(f"{contender}: epoch {epoch + 1}, loss {loss.item():.3f}, test accuracy {test:.4f}, {meter.wall_s:.1f} s")
     return meter.summary(model)
 
 

@@ -176,9 +176,7 @@ def test_all_planted_redundancy_is_found(spec, dtype):
     rows = torch.cat(planted)
     columns = torch.randn(3, len(rows), generator=generator, dtype=dtype)
     norms = columns.double().norm(dim=0)
-    found = fold_from_weights(
-        rows, known, norms, input_norm=5.0, bound=1e-4 if dtype == torch.float32 else 1e-12
-    )
+    found = fold_from_weights(rows, known, norms, input_norm=5.0, bound=1e-4 if dtype == torch.float32 else 1e-12)
     assert len(found.keep) == 8
     x = inputs(rows, 5.0, 3)
     change = consumer_change(rows, columns, x, function, found)
@@ -250,9 +248,7 @@ def test_only_what_may_flip_flips(seed, classes, change):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(200, classes, generator=generator, dtype=torch.float64)
     top = logits.topk(2, dim=1).indices
-    worst = torch.zeros_like(logits).scatter_(
-        1, top, torch.tensor([[-1.0, 1.0]], dtype=torch.float64).expand(200, 2)
-    )
+    worst = torch.zeros_like(logits).scatter_(1, top, torch.tensor([[-1.0, 1.0]], dtype=torch.float64).expand(200, 2))
     random = torch.randn(200, classes, generator=generator, dtype=torch.float64)
     flips = may_flip(logits, change)
     for delta in (worst, random):

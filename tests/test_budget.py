@@ -21,8 +21,7 @@ def curve_of(errors: list[float]) -> torch.Tensor:
 def networks(draw):
     error = st.one_of(st.just(0.0), st.floats(1e-6, 1.0), st.floats(1e-6, 1.0).map(lambda e: e**4))
     curves = {
-        f"layer{i}": curve_of(draw(st.lists(error, min_size=1, max_size=9)))
-        for i in range(draw(st.integers(1, 3)))
+        f"layer{i}": curve_of(draw(st.lists(error, min_size=1, max_size=9))) for i in range(draw(st.integers(1, 3)))
     }
     chain = [None, *curves, None]
     costs = [CostTerm(draw(st.floats(0.1, 10.0)), out, into) for into, out in itertools.pairwise(chain)]
@@ -87,9 +86,7 @@ def test_free_channels_go_even_without_budget_or_cost():
 
 
 def test_a_locally_steep_curve_is_stepped_over():
-    steep = torch.tensor(
-        [math.inf] + [1.0] * 15 + [0.0], dtype=torch.float64
-    )  # the first channel costs it all
+    steep = torch.tensor([math.inf] + [1.0] * 15 + [0.0], dtype=torch.float64)  # the first channel costs it all
     gentle = torch.linspace(1.5, 0.0, 17, dtype=torch.float64)
     costs = [CostTerm(1.0, "steep", None), CostTerm(1.0, "gentle", None)]
     assert spend({"steep": steep, "gentle": gentle}, costs, budget=1.0, multiple=1) == {

@@ -290,7 +290,7 @@ def test_targets_that_are_none_keywords_and_structured_outputs():
     groups = [group for group in groups if group.prunable]
     batch = Batch((), {"features": x, "scale": 2.0}, None)
     assert batch.size == 5
-    loss_fn = lambda output, targets: output["logits"][0].square().mean()  # noqa: E731
+    loss_fn = lambda output, targets: output["logits"][0].square().mean()
     plain = nn.Sequential(model.a, nn.Tanh(), model.b)
     found = measure(model, groups, [batch], loss_fn, 0.0)["a"]
     expected = brute(plain, model.b, 1, [(x, torch.zeros(5, 3).double())], lambda o, y: (2 * o - y).square().mean())

@@ -146,9 +146,7 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("stage", ["save_file", "_sync", "os.replace", "json.dumps"])
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, stage, monkeypatch):
     save(old := build(seed=3), tmp_path)
-    original = getattr(
-        os if stage == "os.replace" else json if "json" in stage else checkpoint, stage.split(".")[-1]
-    )
+    original = getattr(os if stage == "os.replace" else json if "json" in stage else checkpoint, stage.split(".")[-1])
     reached = 0
     for failing in range(10):
         calls = iter(range(100))
@@ -266,9 +264,7 @@ def test_tensors_that_are_damaged(tmp_path, damage):
         file.write_bytes({"truncated": content[:-8], "pickle": pickle.dumps(Payload()), "empty": b""}[damage])
     model = build(seed=4)
     before = everything(model)
-    with pytest.raises(
-        CheckpointError, match=r"must be a safetensors file|as the manifest says, got nothing"
-    ):
+    with pytest.raises(CheckpointError, match=r"must be a safetensors file|as the manifest says, got nothing"):
         load(model, tmp_path)
     assert_unchanged(model, before)
     assert not (tmp_path / "executed").exists()

@@ -62,9 +62,7 @@ def test_meter_leaves_out_evaluation_and_keeps_the_mode(task, data, monkeypatch)
     assert model.training
 
 
-def test_dense_training_is_reproducible_counts_its_steps_and_makes_no_apoptorch_object(
-    task, data, monkeypatch
-):
+def test_dense_training_is_reproducible_counts_its_steps_and_makes_no_apoptorch_object(task, data, monkeypatch):
     monkeypatch.setattr("comparison.apoptorch", None)
     seen = []
     first, history = train(task, data, "dense", 1, 2, lambda model, loss, meter: seen.append(meter.steps))
@@ -103,9 +101,7 @@ def test_widths_leave_out_the_output_layer():
 def test_ratio_divides_costs_and_subtracts_metrics():
     dense = {"wall_s": 10.0, "train_flops": 8, "parameters": 6, "metric": 0.9}
     ours = {"wall_s": 2.0, "train_flops": 2, "parameters": 2, "metric": 0.8}
-    assert ratio(dense, ours) == pytest.approx(
-        {"wall_s": 5, "train_flops": 4, "parameters": 3, "metric": -0.1}
-    )
+    assert ratio(dense, ours) == pytest.approx({"wall_s": 5, "train_flops": 4, "parameters": 3, "metric": -0.1})
 
 
 def record(contender, seed=0, task="fashion-mlp", **changes):
@@ -157,9 +153,7 @@ def test_time_to_dense_accuracy_takes_the_best_schedule_and_counts_a_run_that_ne
     never = record("apoptosis", curve=[[5.0, 0.85]])
     found = verdicts([record("dense"), never])
     assert found[tables.SOONER, "wall time, apoptosis / dense"] == ("infx", "**miss**")
-    shorter = record(
-        "apoptosis", task=tables.SOONER, epochs=3, curve=[[5.0, 0.8], [12.0, 0.91], [15.0, 0.92]]
-    )
+    shorter = record("apoptosis", task=tables.SOONER, epochs=3, curve=[[5.0, 0.8], [12.0, 0.91], [15.0, 0.92]])
     found = verdicts([record("dense"), never, shorter])
     assert found[tables.SOONER, "wall time, apoptosis / dense"] == ("0.12x", "pass")
 
@@ -171,9 +165,7 @@ def test_page_keeps_the_last_of_repeated_runs():
     assert "not measured" in page
 
 
-def test_benchmark_resumes_and_stretches_the_schedule_by_the_measured_speed_up(
-    tmp_path, monkeypatch, task, data
-):
+def test_benchmark_resumes_and_stretches_the_schedule_by_the_measured_speed_up(tmp_path, monkeypatch, task, data):
     monkeypatch.setattr(core, "RESULTS", tmp_path / "core.jsonl")
     monkeypatch.setattr(core, "commit", lambda: "abc")
     monkeypatch.setattr(core, "TASKS", {"fashion-mlp": (task, lambda: data)})

@@ -41,9 +41,7 @@ def write_parquet(path, table):
     pq.write_table(pa.table({str(i): table[:, i] for i in range(table.shape[1])}), path)
 
 
-@pytest.mark.parametrize(
-    ("name", "write"), [("HIGGS.csv.gz", write_csv_gz), ("HIGGS.parquet", write_parquet)]
-)
+@pytest.mark.parametrize(("name", "write"), [("HIGGS.csv.gz", write_csv_gz), ("HIGGS.parquet", write_parquet)])
 def test_higgs_reads_the_uci_layout_and_holds_out_the_last_rows(tmp_path, name, write):
     table = events(50)
     write(tmp_path / name, table)

@@ -17,7 +17,5 @@ def test_python_blocks_run(code):
 def test_named_files_and_targets_exist():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([\w-]+)", README.replace("Python 3.11 and make;", ""))) <= set(targets)
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(
-        r"`((?:data|examples)/[^`]+)`", README
-    ):
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(r"`((?:data|examples)/[^`]+)`", README):
         assert (ROOT / path).exists(), path

@@ -75,11 +75,7 @@ def test_fold_is_the_regression(case, share):
     seed, n, rank, constant = case
     a, _ = sample(seed, n, rank)
     second, mean = moments(a, constant)
-    keep = (
-        torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: max(1, int(share * n))]
-        .sort()
-        .values
-    )
+    keep = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: max(1, int(share * n))].sort().values
     result = fold(second, mean, keep)
     assert torch.equal(result.coeffs[keep], torch.eye(len(keep), dtype=torch.float64))
     assert (result.shift is None) == (not constant)
@@ -104,9 +100,7 @@ def test_unexplained_is_exact_for_any_fold(case):
     coeffs[keep] = made.coeffs[keep]
     worse = type(made)(coeffs, made.shift)
     rest = a - a[:, keep] @ coeffs.T - (0.0 if made.shift is None else made.shift)
-    torch.testing.assert_close(
-        unexplained(second, mean, keep, worse), rest.T @ rest / len(a), rtol=1e-8, atol=1e-9
-    )
+    torch.testing.assert_close(unexplained(second, mean, keep, worse), rest.T @ rest / len(a), rtol=1e-8, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,9 +129,7 @@ def test_units_of_a_channel_do_not_matter(power, constant):
     torch.testing.assert_close(scaled.error, plain.error, rtol=1e-6, atol=1e-12 * float(plain.error[0]))
     keep = torch.tensor([0, 1, 4, 6, 7])
     before, after = fold(*moments(a, constant), keep), fold(*moments(a * scale, constant), keep)
-    torch.testing.assert_close(
-        after.coeffs / scale[:, None] * scale[keep], before.coeffs, rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(after.coeffs / scale[:, None] * scale[keep], before.coeffs, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("factor", [1e20, 1e-20])

@@ -47,15 +47,13 @@ def selection(group, keep):
 
 
 def mlp(dtype=F64, bias=True, norm=True):
-    torch.manual_seed(
-        0
-    )  # no bias before a norm: its gradient is rounding noise, which Rprop takes at full step
+    torch.manual_seed(0)  # no bias before a norm: its gradient is rounding noise, which Rprop takes at full step
     layers = [nn.Linear(6, 12, bias and not norm), nn.BatchNorm1d(12) if norm else nn.Identity(), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(12, 8, bias), nn.Tanh(), nn.Linear(8, 3, bias)).to(dtype)
 
 
 def mlp_groups(bias=True, norm=True):
-    b = lambda i: [(f"{i}.bias", 0)] if bias else []  # noqa: E731
+    b = lambda i: [(f"{i}.bias", 0)] if bias else []
     through = [(f"1.{t}", 0) for t in ("weight", "bias", "running_mean", "running_var")] if norm else []
     return [
         group(
@@ -162,20 +160,14 @@ class Masked:
             for c, constant in enumerate(fold.shift.tolist()):
                 for i in range(slot.inner):
                     row = old[c * slot.inner + i]
-                    tensors[consumer.bias] += (
-                        constant * row.flatten(1).sum(1) if row.ndim > 1 else constant * row
-                    )
+                    tensors[consumer.bias] += constant * row.flatten(1).sum(1) if row.ndim > 1 else constant * row
 
     def cut(self, name, tensor):
         """The surviving entries of a full-size tensor; dimensions of size 1 (Adafactor) stay."""
         if tensor.ndim != len(self.index[name]):
             return tensor
         sizes = [i if s > 1 else [0] for i, s in zip(self.index[name], tensor.shape, strict=True)]
-        return (
-            tensor[torch.meshgrid(*(torch.tensor(i) for i in sizes), indexing="ij")]
-            if tensor.ndim
-            else tensor
-        )
+        return tensor[torch.meshgrid(*(torch.tensor(i) for i in sizes), indexing="ij")] if tensor.ndim else tensor
 
     def optimizers(self, build, originals):
         """Optimizers of the masked model, with the masked state of `originals`."""
@@ -192,9 +184,7 @@ class Masked:
     def assert_equal(self, model, **tolerance):
         theirs = dict(self.model.named_parameters())
         for name, p in model.named_parameters():
-            torch.testing.assert_close(
-                p, self.cut(name, theirs[name]), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(p, self.cut(name, theirs[name]), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def fold_all(model, optimizers, groups, plans, followers=()):
@@ -232,9 +222,7 @@ ARCHITECTURES = {"mlp": (mlp, mlp_groups, (32, 6)), "cnn": (cnn, cnn_groups, (16
 
 def test_every_optimizer_of_torch_is_tested():
     tested = {name.split()[0] for name in OPTIMIZERS} | {"Adafactor", "Muon"}
-    exist = {
-        n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)
-    }
+    exist = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
     assert exist - {"Optimizer", "SparseAdam"} == tested
 
 
@@ -243,7 +231,7 @@ def test_every_optimizer_of_torch_is_tested():
 def test_training_goes_on_as_in_a_masked_model(name, architecture):
     build, find_groups, shape = ARCHITECTURES[architecture]
     model, groups = build(), find_groups()
-    optimize = lambda m: [OPTIMIZERS[name](list(m.parameters()))]  # noqa: E731
+    optimize = lambda m: [OPTIMIZERS[name](list(m.parameters()))]
     optimizers, plans = optimize(model), plans_for(groups, shift=True)
     train(model, optimizers, batches(shape, 4))
 
@@ -363,9 +351,7 @@ def test_valid_convolution_takes_the_constant_of_a_fold_over_all_taps():
 
 def test_transposed_convolution_consumes_in_dimension_0_and_produces_in_dimension_1():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.ConvTranspose2d(3, 6, 2), nn.ReLU(), nn.ConvTranspose2d(6, 2, 2, padding=1)
-    ).double()
+    model = nn.Sequential(nn.ConvTranspose2d(3, 6, 2), nn.ReLU(), nn.ConvTranspose2d(6, 2, 2, padding=1)).double()
     g = group("0", 6, [("0.weight", 1), ("0.bias", 0)], [(("2.weight", 0), None)])
     plan, x = plan_for(g, KEEP[6]), batches((4, 3, 5, 5), 1)[0]
     expected = model[2](torch.einsum("nk,bkhw->bnhw", plan.folds[0].coeffs, model[:2](x)[:, plan.keep]))
@@ -504,7 +490,7 @@ def test_surgery_inside_inference_mode_leaves_a_trainable_model():
 def test_gradients_accumulated_before_are_cut():
     model, groups = mlp(), mlp_groups()
     plans, (x, y) = plans_for(groups), batches((32, 6), 2)
-    optimize = lambda m: [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9)]  # noqa: E731
+    optimize = lambda m: [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9)]
     optimizers = optimize(model)
     loss_of(model, x).backward()
     masked = Masked(model, groups, plans)
@@ -701,10 +687,7 @@ def snapshot(networks, optimizers):
     tensors = [t for n in networks for t in [*n.parameters(), *n.buffers()]]
     plain = (int, float, str, bool, tuple, type(None))
     return [
-        [
-            (id(t), bits(t), t.requires_grad, None if t.grad is None else (id(t.grad), bits(t.grad)))
-            for t in tensors
-        ],
+        [(id(t), bits(t), t.requires_grad, None if t.grad is None else (id(t.grad), bits(t.grad))) for t in tensors],
         [(id(o.state), [id(s) for s in o.state.values()], bits(dict(o.state))) for o in optimizers],
         [bits([dict(g) for g in o.param_groups]) for o in optimizers],
         [getattr(o, "_numel_cache", None) for o in optimizers],
@@ -791,7 +774,7 @@ def test_failure_at_any_call_of_any_stage_puts_everything_back(stage, late, monk
 def test_exception_in_the_block_undoes_and_the_end_commits():
     model, optimizers, follower, groups = patient()
     before, plan = snapshot([model, follower], optimizers), plan_for(groups[0], KEEP[8])
-    with pytest.raises(ZeroDivisionError), Surgery(model, optimizers, [follower]) as surgery:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), Surgery(model, optimizers, [follower]) as surgery:
         surgery.fold_(groups[0], plan)
         raise ZeroDivisionError
     assert snapshot([model, follower], optimizers) == before
@@ -831,7 +814,7 @@ def broken_plans():
     g = mlp_groups()[0]
     plan = selection(g, KEEP[12])
     nan = torch.full((12, 7), float("nan"), dtype=F64)
-    field = lambda **changes: FoldPlan(**{**vars(plan), **changes})  # noqa: E731
+    field = lambda **changes: FoldPlan(**{**vars(plan), **changes})
     return {
         "another group": (g, field(group="3"), "must be for 0"),
         "pinned": (ChannelGroup(**{**vars(g), "prunable": False, "reason": "it is"}), plan, "be prunable"),

@@ -106,7 +106,7 @@ class Apoptosis:
         return self._gather(batch) if self._step >= self._wake else None
 
     def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
-        """One removal now, planned on three quarters of this batch and judged on the rest; survivors keep their weights.
+        """One removal now, planned on three quarters of this batch and judged on the rest; survivors are not rescaled.
 
         Args:
             budget: predicted increase of the loss, in its units; None: as much as the policy's price allows.
@@ -146,9 +146,11 @@ class Apoptosis:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
         return {
-            "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale, "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
+            "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale,
+            "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
-            "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups}, "history": [event.to_json() for event in self.history],
+            "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
+            "history": [event.to_json() for event in self.history],
             "shapes": {name: list(t.shape) for name, t in named_tensors(self._network.model).items()},
             "batches": [[list(b.args), b.kwargs, b.targets] for b in self._batches],
         }  # fmt: skip
@@ -209,13 +211,14 @@ class Apoptosis:
 
         Only time that follows the widths can be saved: arithmetic and memory traffic, not a small network's overhead.
         """
-        if math.isinf(self._step_seconds):  # resumed on this very step: no step was timed
+        if self.policy.payback == 0 or math.isinf(self._step_seconds):  # inf: resumed on this step, none was timed
             return True
         remaining = (self.total_steps or 2 * self._step) - self._step
         speed, device = self._step_seconds, next(self._network.model.parameters()).device
-        busy = training_seconds(self._network.flops(), self._network.parameters, device) / speed
+        busy = training_seconds(self._network.flops(), self._network.parameters, device)
+        saving = remaining * min(speed, busy) * self._fraction
         cost = self._event_seconds or self._batches_wanted() * speed + 0.03
-        return remaining * speed * min(1.0, busy) * self._fraction >= self.policy.payback * cost
+        return busy > _OVERHEAD and saving >= self.policy.payback * cost
 
     def _price(self) -> float:
         """The policy's price now; a run of unknown length is in its middle."""
@@ -226,13 +229,20 @@ class Apoptosis:
         self, calibration: Sequence[Batch], held_out: Sequence[Batch], policy: Policy, budget: float | None
     ) -> Event:
         event = remove_(
-            self._network, calibration, held_out, self.loss_fn, policy, budget,
-            price=self._price() if budget is None else math.inf, first_loss=self._first_loss, step=self._step,
+            self._network,
+            calibration,
+            held_out,
+            self.loss_fn,
+            policy,
+            budget,
+            price=self._price() if budget is None else math.inf,
+            first_loss=self._first_loss,
+            step=self._step,
         )
         self._looked = event
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
-        self._fraction = max(0.15, 1 - event.flops_after / event.flops_before)
+        self._fraction = max(0.25, 1 - event.flops_after / event.flops_before)
         self._event_seconds = event.seconds
         return event
 
@@ -241,8 +251,11 @@ class Apoptosis:
         """Cheap: runs at every step."""
         if self._thread is None:
             self._thread = threading.get_ident()
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.is_inference_mode_enabled() or (
-            self._thread != threading.get_ident()
+        if (
+            torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled("cuda")
+            or torch.is_inference_mode_enabled()
+            or (self._thread != threading.get_ident())
         ):
             checks.checked(checks.moment_problems(self._thread))
         if not self._stepped:
@@ -252,7 +265,7 @@ class Apoptosis:
     def _check_stepped(self) -> None:
         """No optimizer stepped since the last call: fine if a GradScaler skipped the step, else the wrong place."""
         gradients = [p.grad for p in self._network.model.parameters() if p.grad is not None]
-        skipped = self._step > 0 and not gradients or any(not bool(g.isfinite().all()) for g in gradients)
+        skipped = (self._step > 0 and not gradients) or any(not bool(g.isfinite().all()) for g in gradients)
         if not skipped:
             raise ArgumentError([
                 "`step` must be called once after every optimizer.step(), got a call without one since the last: "
@@ -264,6 +277,7 @@ class Apoptosis:
 
 
 _NEVER = 2**62
+_OVERHEAD = 5e-4  # seconds: a step with less work than this is mostly overhead, whatever the widths
 
 
 def split(batch: Batch) -> tuple[Batch, Batch]:

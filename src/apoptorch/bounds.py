@@ -56,9 +56,7 @@ def empirical_bernstein_upper(values: Float[Tensor, " m"], confidence: float, va
         raise ArgumentError([f"`values` must be at least 2 finite numbers, got {m}. Use a larger batch."])
     values = values.double()
     if (spread := float(values.max() - values.min())) > value_range:
-        raise ArgumentError(
-            [f"`value_range` must not be less than the values' own {spread}, got {value_range}."]
-        )
+        raise ArgumentError([f"`value_range` must not be less than the values' own {spread}, got {value_range}."])
     log = math.log(2 / (1 - confidence))
     return float(values.mean() + (2 * values.var() * log / m).sqrt()) + 7 * value_range * log / (3 * (m - 1))
 

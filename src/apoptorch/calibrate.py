@@ -36,11 +36,15 @@ class Batch:
     @property
     def size(self) -> int:
         """Number of inputs: the first dimension of the first tensor."""
-        return next((len(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if torch.is_tensor(leaf) and leaf.ndim), 0)
+        return next(
+            (len(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if torch.is_tensor(leaf) and leaf.ndim), 0
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with `function` applied to every tensor."""
-        tensors = tree_map(lambda leaf: function(leaf) if torch.is_tensor(leaf) else leaf, (self.args, self.kwargs, self.targets))
+        tensors = tree_map(
+            lambda leaf: function(leaf) if torch.is_tensor(leaf) else leaf, (self.args, self.kwargs, self.targets)
+        )
         return Batch(*tensors)
 
 
@@ -183,7 +187,9 @@ class _Sums:
     def moments(self, batches: int, damping: float, constant: bool) -> Moments:
         metric = self.metric / batches + damping * self.curvature / batches * self.energy
         mean = (self.mean / self.positions).double() if constant else None
-        return Moments((self.second / self.positions).double(), mean, metric.double(), self.energy.double(), self.positions)
+        return Moments(
+            (self.second / self.positions).double(), mean, metric.double(), self.energy.double(), self.positions
+        )
 
 
 def measure(

@@ -45,9 +45,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | 
     path, tied = Path(path), {name: first for name, (_, first) in layout(model).items()}
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items() if tied[name] == name}
     extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    problems = [
-        f"`{name}` must be a tensor, got extra state. Save it beside the checkpoint." for name in extra
-    ]
+    problems = [f"`{name}` must be a tensor, got extra state. Save it beside the checkpoint." for name in extra]
     if path.exists() and not path.is_dir():
         problems.append(f"`path` must be a directory, got a file ({path}). Choose another name.")
     _raise(problems)
@@ -134,14 +132,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / _MANIFEST
     try:
         if file.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(
-                f"`{file}` must have at most {_MAX_BYTES} bytes, got {file.stat().st_size}."
-            )
+            raise CheckpointError(f"`{file}` must have at most {_MAX_BYTES} bytes, got {file.stat().st_size}.")
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"`path` must be a directory that `save` wrote, got {path}: {error}."
-        ) from error
+        raise CheckpointError(f"`path` must be a directory that `save` wrote, got {path}: {error}.") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"`{file}` must be JSON, got {error}. The checkpoint is damaged.") from error
     _raise(_manifest_problems(manifest))
@@ -150,11 +144,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _manifest_problems(manifest: Any) -> Iterator[str]:
     """What is wrong with a manifest by itself."""
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != _FORMAT
-        or manifest.get("version") != _VERSION
-    ):
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
         yield f"`{_MANIFEST}` must be of format {_FORMAT}, version {_VERSION}, got another. Update apoptorch."
         return
     file = manifest.get("file")

@@ -51,7 +51,7 @@ def model_problems(model: Any) -> Iterator[str]:
             continue
         where = f"({name}, shape {tuple(parameter.shape)})"
         if parameter.device != home:
-            yield f"`model` must be on one device, got {parameter.device} besides {home} {where}. Move it with model.to()."
+            yield f"`model` must be on one device, got {parameter.device} besides {home} {where}. Use model.to()."
         elif not parameter.is_floating_point():
             yield f"`model` must have floating-point parameters, got {parameter.dtype} {where}. Make it a buffer."
         elif parameter.device.type == "meta":
@@ -62,7 +62,7 @@ def optimizer_problems(model: nn.Module, optimizers: Sequence[Any], followers: S
     known = {id(p) for module in (model, *followers) for p in module.parameters()}
     for i, optimizer in enumerate(optimizers):
         if not isinstance(optimizer, Optimizer):
-            yield f"`optimizer` must be a torch.optim.Optimizer or several, got {type(optimizer).__name__} (number {i})."
+            yield f"`optimizer` must be one Optimizer or several, got {type(optimizer).__name__} (number {i})."
             continue
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in known for p in owned):
@@ -78,7 +78,7 @@ def follower_problems(model: nn.Module, followers: Any) -> Iterator[str]:
         return
     for i, follower in enumerate(followers):
         if not isinstance(follower, nn.Module):
-            yield f"`followers` must be modules, got {type(follower).__name__} (number {i}). Pass e.g. an AveragedModel."
+            yield f"`followers` must be modules, got {type(follower).__name__} (number {i}). Pass an EMA copy, say."
             return
     try:
         Surgery(model, (), followers)

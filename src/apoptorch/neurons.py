@@ -103,9 +103,7 @@ def range_error(
     return error, torch.where(error.isfinite(), (low + high) / 2, 0.0)
 
 
-def product(
-    scale: float | Float[Tensor, "*batch"], error: Float[Tensor, "*batch"]
-) -> Float[Tensor, "*batch"]:
+def product(scale: float | Float[Tensor, "*batch"], error: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """scale * error, where no error is no error even at an infinite scale, and nothing weighs nothing."""
     scale = torch.as_tensor(scale, dtype=error.dtype, device=error.device)
     return torch.where((error == 0) | (scale == 0), 0.0, scale * error)
@@ -184,9 +182,7 @@ def hardtanh(least: float = -1.0, most: float = 1.0) -> Neuron:
     return Neuron(1.0, False, ODD if least == -most else None, True, lambda z: z.clamp(least, most))
 
 
-_RULES["clamp"] = lambda least, most: hardtanh(
-    least, most
-)  # with both limits; with one it is not known which
+_RULES["clamp"] = lambda least, most: hardtanh(least, most)  # with both limits; with one it is not known which
 
 
 @_rule

@@ -13,11 +13,12 @@ class Policy:
         price: what the network's whole cost (half FLOPs, half parameters, at full width) is worth, as a share of what
             has been learned, the fall of the loss since the first step: channels that are 1 % of the cost go if that
             is predicted to lose less than price / 100 of it.
+        concavity: the price falls as cost ** concavity with the cost that is left, as a share of the full network's.
         rise: the price at share p of the run is price * p ** rise: early, the network has more to learn.
         start, first_step: the first event comes after this share of the run, but not before this step.
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
-        payback: an event happens if it is expected to save this many times what it costs.
+        payback: an event happens if it is expected to save this many times what it costs; 0: always.
         samples: inputs on which a removal is planned; half as many again are held out to judge it.
         damping: see `calibrate.measure`.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
@@ -30,13 +31,14 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.0135
+    price: float = 0.0425
+    concavity: float = 0.5
     rise: float = 0.5
     start: float = 0.025
     first_step: int = 30
     gap: float = 2.2
     stop: float = 0.65
-    payback: float = 2.0
+    payback: float = 1.0
     samples: int = 2048
     damping: float = 1.0
     multiple: int = 8
@@ -51,10 +53,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         rules = {
-            "price": self.price > 0, "rise": self.rise >= 0, "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
-            "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
+            "price": self.price > 0, "concavity": self.concavity >= 0, "rise": self.rise >= 0,
+            "start": 0 <= self.start < 1, "first_step": self.first_step >= 1, "gap": self.gap > 1,
+            "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
             "damping": self.damping >= 0, "multiple": self.multiple >= 1, "floor": self.floor >= 1,
-            "guard": self.guard > 0, "tolerance": self.tolerance >= 0, "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
+            "guard": self.guard > 0, "tolerance": self.tolerance >= 0, "confidence": 0 < self.confidence < 1,
+            "cost": self.cost in ("flops", "milliseconds"),
         }  # fmt: skip
         problems = [
             f"`{name}` must be in its range, got {getattr(self, name)!r}. See help(apoptorch.Policy)."
@@ -66,7 +70,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(price=0.005),
+    "conservative": Policy(price=0.015),
     "normal": Policy(),
-    "aggressive": Policy(price=0.05),
+    "aggressive": Policy(price=0.15),
 }

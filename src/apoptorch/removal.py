@@ -129,7 +129,7 @@ def plan(
         curves[group.name] = selections[group.name].curve(group.width, policy.floor) * overfit(group.width, m.samples)
     widths = spend(
         curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=policy.floor,
-        least_worth=1 / price if price > 0 else math.inf,
+        least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
     )  # fmt: skip
     plans, errors = [], {}
     for group in groups:
@@ -184,11 +184,14 @@ def judge(
         return increase, "the loss on held-out data is no longer finite"
     if increase - 3 * spread > policy.guard * predicted + policy.tolerance * abs(before.loss if loss_fn else 1.0):
         return increase, (
-            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by {predicted:.3g} as "
-            f"predicted"
+            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by "
+            f"{predicted:.3g} as predicted"
         )
     if policy.max_loss_increase is not None and increase + spread > policy.max_loss_increase:
-        return increase, f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})"
+        return (
+            increase,
+            f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})",
+        )
     share = certify(before, after, policy.confidence, increase).changed_upper
     if policy.max_changed_predictions is not None and (share is None or share > policy.max_changed_predictions):
         return increase, (
@@ -208,9 +211,7 @@ def certify(before: Evaluation, after: Evaluation, confidence: float, increase: 
     return Certificate(before.samples, *loss, changed, upper, confidence)
 
 
-def _draft(
-    network: Network, step: int, budget: float, plans: Sequence[FoldPlan], errors: dict[str, float]
-) -> Event:
+def _draft(network: Network, step: int, budget: float, plans: Sequence[FoldPlan], errors: dict[str, float]) -> Event:
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(
         GroupChange(item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors.get(item.group))
@@ -232,5 +233,3 @@ def _check_calibration(calibration: Sequence[Batch], before: Evaluation, loss_fn
         problems.append(f"`loss_fn` must give a finite loss, got {before.loss}. Check the targets.")
     if problems:
         raise ArgumentError(problems)
-
-

@@ -21,9 +21,11 @@ IDENTITY = (
     "detach", "alias", "lift_fresh_copy",
     "to", "_to_copy", "type_as", "_assert_tensor_metadata",
 )  # fmt: skip
-POOLING = ("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
-           "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-           "adaptive_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d_with_indices")  # fmt: skip
+POOLING = (
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices",
+)  # fmt: skip
 CONSTANT_OPS = ("add", "sub", "rsub", "mul", "div")
 
 
@@ -45,7 +47,9 @@ def layer_slots(tracer: Tracer, name: str, dim: int, inner: int) -> tuple[list[S
     prefix = f"{path}.parametrizations.{attribute}".lstrip(".")
     kind = type(chain[0]).__name__ if len(chain) == 1 else "several"
     if kind == "_WeightNorm" and chain[0].dim == 0:
-        return ([Slot(f"{prefix}.original0", 0), Slot(f"{prefix}.original1", 0)] if dim == 0 else [Slot(name, dim, inner)]), None
+        return (
+            [Slot(f"{prefix}.original0", 0), Slot(f"{prefix}.original1", 0)] if dim == 0 else [Slot(name, dim, inner)]
+        ), None
     if kind == "_SpectralNorm" and chain[0].dim == 0:
         weight = Slot(f"{prefix}.original", dim, inner)
         if chain[0]._u is None:  # type: ignore[union-attr] - a vector: normalised directly, without buffers
@@ -104,7 +108,14 @@ def convolution(tracer: Tracer, node: Node) -> None:
     read = tracer.flow(arguments(node)[0]).get(dim)
     weight, bias = tracer.tensors.get(arguments(node)[1]), tracer.tensors.get(argument(node, 2, "bias"))
     computed = bias is None and argument(node, 2, "bias") is not None
-    if read is None or weight is None or computed or groups != shape(node)[dim] or read.inner != 1 or tracer.draft(read).width != groups:
+    if (
+        read is None
+        or weight is None
+        or computed
+        or groups != shape(node)[dim]
+        or read.inner != 1
+        or tracer.draft(read).width != groups
+    ):
         tracer.pin_flow(tracer.flow(arguments(node)[0]), f"{tracer.where(node)} is a grouped convolution")
         return
     tracer.pass_through(read, [Slot(weight, 0)] + ([Slot(bias, 0)] if bias else []))  # depthwise

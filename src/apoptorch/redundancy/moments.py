@@ -158,9 +158,7 @@ def fold(
     return Fold(coeffs, shift)
 
 
-def _solve(
-    matrix: Float64[Tensor, "k k"], right: Float64[Tensor, "k n"], ridge: float
-) -> Float64[Tensor, "k n"]:
+def _solve(matrix: Float64[Tensor, "k k"], right: Float64[Tensor, "k n"], ridge: float) -> Float64[Tensor, "k n"]:
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     while True:  # a unit-diagonal Gram matrix plus enough of the identity is positive definite
         factor, info = torch.linalg.cholesky_ex(matrix + ridge * identity)

@@ -155,9 +155,7 @@ class _Pairs:
     ):
         self.rows, self.neuron, self.input_norm = rows, neuron, input_norm
         sign, offset = neuron.reflection or (1.0, 0.0)
-        self.reflects = (
-            neuron.reflection is not None and (constant or offset == 0) and not (max_pooled and sign < 0)
-        )
+        self.reflects = neuron.reflection is not None and (constant or offset == 0) and not (max_pooled and sign < 0)
         # In these units the Euclidean distance is within sqrt(2) of `reach`.
         self.scaled = torch.cat([rows[:, :-1] * input_norm, rows[:, -1:]], 1)
         self.square = (self.scaled * self.scaled).sum(1)
@@ -198,8 +196,6 @@ class _Pairs:
         else:
             turn = torch.where(inner < 0, -1.0, 1.0) if self.reflects else torch.ones_like(inner)
         distance = reach(self.rows[index, None] - turn[..., None] * self.rows[candidates], self.input_norm)
-        distance = torch.where(
-            usable.gather(1, candidates), product(self.neuron.lipschitz, distance), torch.inf
-        )
+        distance = torch.where(usable.gather(1, candidates), product(self.neuron.lipschitz, distance), torch.inf)
         distance, best = distance.min(1, keepdim=True)
         return distance[:, 0], candidates.gather(1, best)[:, 0], turn.gather(1, best)[:, 0]

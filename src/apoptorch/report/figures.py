@@ -31,9 +31,7 @@ def plot_widths(axes: Axes, history: Sequence[Event], total_steps: int | None = 
         axes.legend(title="group", fontsize="small")
 
 
-def plot_metric(
-    axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], metric: str = "metric"
-) -> None:
+def plot_metric(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], metric: str = "metric") -> None:
     """Draw (wall seconds, metric) of several runs over the same axis."""
     axes.set(title=metric, xlabel="wall seconds", ylabel=metric)
     for name, curve in curves.items():

@@ -133,9 +133,7 @@ def is_known_state(value: Any, *shapes: Sequence[int]) -> bool:
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, bool | int | float | str)
     fits = value.ndim == len(shapes[0])  # 1 where Adafactor averages
-    return value.numel() == 1 or (
-        fits and all(v in (1, *s) for v, *s in zip(value.shape, *shapes, strict=True))
-    )
+    return value.numel() == 1 or (fits and all(v in (1, *s) for v, *s in zip(value.shape, *shapes, strict=True)))
 
 
 def narrowed_state(value: Any, shape: torch.Size, dim: int, index: Int64[Tensor, " k"]) -> Any:

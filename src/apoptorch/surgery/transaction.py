@@ -64,9 +64,7 @@ class Surgery:
         SurgeryError: a follower doesn't have the model's tensors, shapes and ties.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizers: Iterable[Optimizer] = (), followers: Iterable[nn.Module] = ()
-    ):
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), followers: Iterable[nn.Module] = ()):
         self._optimizers = list(optimizers)
         self._networks = [model, *(_counterpart(model, follower, i) for i, follower in enumerate(followers))]
         self._log: dict[tuple[Any, ...], Callable[[], None]] | None = {}
@@ -126,9 +124,7 @@ class Surgery:
             SurgeryError: the transaction has ended.
         """
         if self._log is None:
-            raise SurgeryError(
-                "`undo_` must be called before the transaction ends. Call it in the `with` block."
-            )
+            raise SurgeryError("`undo_` must be called before the transaction ends. Call it in the `with` block.")
         with torch.inference_mode(False), torch.no_grad():
             for restore in self._log.values():
                 restore()
@@ -216,9 +212,7 @@ class Surgery:
         self._converge_(network, touched)
         self._follow_(network, touched)
 
-    def _narrow_(
-        self, tensor: Tensor, dim: int, index: Int64[Tensor, " k"], new: Tensor | None = None
-    ) -> None:
+    def _narrow_(self, tensor: Tensor, dim: int, index: Int64[Tensor, " k"], new: Tensor | None = None) -> None:
         """Take `index` along `dim` of a tensor, its grad and its optimizer state; `new`: what it then holds."""
         old, grad = tensor.shape, tensor.grad
         data = take(tensor.detach(), dim, index) if new is None else like(new, tensor)
@@ -346,17 +340,11 @@ def _attribute(slot: Slot) -> Slot:
 def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
     n, k, keep, problems = group.width, len(plan.keep), plan.keep.tolist(), list[str]()
     if plan.group != group.name or not group.prunable:
-        problems.append(
-            f"`plan` must be for {group.name} and that be prunable, got {plan.group}, {group.reason}."
-        )
+        problems.append(f"`plan` must be for {group.name} and that be prunable, got {plan.group}, {group.reason}.")
     if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= n:
-        problems.append(
-            f"`plan.keep` must be sorted distinct indices below {n}, got {plan.keep} ({group.name})."
-        )
+        problems.append(f"`plan.keep` must be sorted distinct indices below {n}, got {plan.keep} ({group.name}).")
     if len(plan.folds) != len(group.consumers):
-        problems.append(
-            f"`plan.folds` must be one a consumer ({len(group.consumers)}), got {len(plan.folds)}."
-        )
+        problems.append(f"`plan.folds` must be one a consumer ({len(group.consumers)}), got {len(plan.folds)}.")
     for consumer, fold in zip(group.consumers, plan.folds, strict=False):
         shift = torch.zeros(n) if fold.shift is None else fold.shift
         where = f"({group.name} -> {consumer.weight.tensor}, {n} -> {k} channels)"
@@ -364,9 +352,7 @@ def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
             got = f"{tuple(fold.coeffs.shape)} and {tuple(shift.shape)}"
             problems.append(f"`coeffs` must be {n} x {k} and `shift` {n} numbers, got {got} {where}.")
         elif not (fold.coeffs.isfinite().all() and shift.isfinite().all()):
-            problems.append(
-                f"`coeffs` and `shift` must be finite, got others {where}. Check the calibration data."
-            )
+            problems.append(f"`coeffs` and `shift` must be finite, got others {where}. Check the calibration data.")
         elif consumer.bias is None and shift.any():
             problems.append(f"`shift` must be None or zero without a bias to take it, got others {where}.")
     return problems
