@@ -1,6 +1,7 @@
 """Adaptive neuron apoptosis: redundant neurons are found, folded into the others and removed while a network trains."""
 
 from .apoptosis import Apoptosis
+from .checkpoint import load, save
 from .errors import ApoptosisError, ArgumentError, CheckpointError, ExportError, SurgeryError
 from .plan import Event
 from .policy import Policy
@@ -15,5 +16,7 @@ __all__ = [
     "ExportError",
     "Policy",
     "SurgeryError",
+    "load",
+    "save",
     "shrink",
 ]
