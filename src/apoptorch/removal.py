@@ -118,7 +118,7 @@ def plan(
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
     less than `price` for each share of the full network's cost that it saves.
     """
-    stop = min(price / 20, budget / 20)
+    stop = min(price / 100, budget / 20)  # finer differences would not change what is bought
     selections: dict[str, Selection] = {}
     curves: dict[str, Float64[Tensor, " n+1"]] = {}
     for group in groups:
