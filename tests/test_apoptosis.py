@@ -371,7 +371,7 @@ def test_optimizer_of_another_model():
     assert "Build it from model.parameters()" in text
     model = mlp()
     assert "(number 1)" in refused(model, [torch.optim.SGD(model.parameters(), 0.1), other])
-    assert "`optimizer` must be a torch.optim.Optimizer" in refused(mlp(), "adam")
+    assert "`optimizer` must be" in refused(mlp(), "adam")
 
 
 @pytest.mark.parametrize(
