@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .errors import ArgumentError
 from .graph import preserved
 from .plan import ChannelGroup, Slot
 
@@ -290,7 +291,7 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None)
     with calibrating(model):
         for batch in batches:
             output = model(*batch.args, **batch.kwargs)
-            losses.append(float(loss_fn(output, batch.targets)) if loss_fn else math.nan)
+            losses.append(_mean_loss(loss_fn(output, batch.targets)) if loss_fn else math.nan)
             leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
             predictions.append(_classes(leaves[0], batch.targets) if leaves else None)
             outputs.append(torch.cat([leaf.flatten() for leaf in leaves]) if leaves else torch.zeros(0))
@@ -298,6 +299,13 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None)
     classes = [p for p in predictions if p is not None]
     known = torch.cat(classes) if classes and len(classes) == len(batches) else None
     return Evaluation(sum(samples), loss, tuple(losses), known, tuple(outputs))
+
+
+def _mean_loss(loss: Any) -> float:
+    if isinstance(loss, int | float) or (torch.is_tensor(loss) and loss.numel() == 1):
+        return float(loss)
+    got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+    raise ArgumentError([f"`loss_fn` must return the mean loss, one number, got {got}. Use reduction='mean'."])
 
 
 def _classes(output: Tensor, targets: Any) -> Tensor | None:
