@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -92,12 +91,16 @@ class Apoptosis:
             The event if neurons were removed, or a removal was undone, else None.
 
         Raises:
-            ArgumentError: called within autocast or inference mode, between forward and backward, from a second
-                thread, or with NaN, infinite or empty data while data is being gathered.
+            ArgumentError: called between forward and backward or from a second thread; or, at the first step and
+                while data is being gathered, within autocast or inference mode or with NaN, infinite or empty data.
         """
+        if self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident():
+            self._step += 1  # nothing to do: the common case
+            self._stepped = not self._network.optimizers
+            return None
         self._check_moment()
         self._step += 1
-        if self._step < self._wake and self._step > 1:
+        if 1 < self._step < self._wake:
             return None
         batch = Batch(inputs, kwinputs, targets)
         checks.checked(checks.data_problems(tree_leaves((inputs, kwinputs))))
@@ -122,7 +125,7 @@ class Apoptosis:
 
     def explain(self) -> str:
         """Why each group did or did not shrink, one line each."""
-        lines, outlook = [], f"next look at step {self._event_step}" if self._wake < _NEVER else "no look is planned"
+        lines = []
         for group in self.groups:
             change = f"{group.name}: {group.full_width} -> {group.width} channels"
             undone = [e for e in self.history if e.rolled_back and any(c.group == group.name for c in e.changes)]
@@ -133,7 +136,9 @@ class Apoptosis:
             elif group.width == group.full_width and self._looked is not None:
                 change += ": nothing was redundant at this price; policy='aggressive' pays more"
             elif group.width == group.full_width:
-                change += ": nothing was tried yet; " + outlook
+                unpaid = "nothing was tried: in the steps that remain it would not pay for itself"
+                planned = f"nothing was tried yet; next look at step {self._event_step}, if it will pay for itself"
+                change += f": {unpaid if self._wake == _NEVER else planned}"
             lines.append(change)
         return "\n".join(lines)
 
@@ -176,7 +181,8 @@ class Apoptosis:
 
     # -- the schedule ----------------------------------------------------------------------------------------
     def _first_event(self) -> int:
-        return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), self._batches_wanted())
+        fewest = math.ceil(self._batches_wanted() / 4)
+        return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), fewest)
 
     def _batches_wanted(self) -> int:
         return max(3, math.ceil(1.5 * self.policy.samples / self._batch_size))
@@ -185,7 +191,7 @@ class Apoptosis:
         """Gathering begins in time for the event, if one can still come."""
         last = self.policy.stop * self.total_steps if self.total_steps else math.inf
         begin = max(self._step + 1, self._event_step - self._batches_wanted() + 1)
-        return begin if self._event_step <= last else _NEVER
+        return begin if self._event_step <= last and (self.policy.payback == 0 or self._work() > _OVERHEAD) else _NEVER
 
     def _gather(self, batch: Batch) -> Event | None:
         """Keeps a copy of the batch; on the event's step, removes neurons if that is expected to pay."""
@@ -214,11 +220,14 @@ class Apoptosis:
         if self.policy.payback == 0 or math.isinf(self._step_seconds):  # inf: resumed on this step, none was timed
             return True
         remaining = (self.total_steps or 2 * self._step) - self._step
-        speed, device = self._step_seconds, next(self._network.model.parameters()).device
-        busy = training_seconds(self._network.flops(), self._network.parameters, device)
-        saving = remaining * min(speed, busy) * self._fraction
-        cost = self._event_seconds or self._batches_wanted() * speed + 0.03
-        return busy > _OVERHEAD and saving >= self.policy.payback * cost
+        saving = remaining * min(self._step_seconds, self._work()) * self._fraction
+        cost = self._event_seconds or self._batches_wanted() * self._step_seconds + 0.03
+        return saving >= self.policy.payback * cost
+
+    def _work(self) -> float:
+        """Seconds of a training step that follow the widths."""
+        device = next(self._network.model.parameters()).device
+        return training_seconds(self._network.flops(), self._network.parameters, device)
 
     def _price(self) -> float:
         """The policy's price now; a run of unknown length is in its middle."""
@@ -248,16 +257,10 @@ class Apoptosis:
 
     # -- at each step ----------------------------------------------------------------------------------------
     def _check_moment(self) -> None:
-        """Cheap: runs at every step."""
+        """Is this between two training steps, outside autocast and inference mode, on the thread that began?"""
         if self._thread is None:
             self._thread = threading.get_ident()
-        if (
-            torch.is_autocast_enabled("cpu")
-            or torch.is_autocast_enabled("cuda")
-            or torch.is_inference_mode_enabled()
-            or (self._thread != threading.get_ident())
-        ):
-            checks.checked(checks.moment_problems(self._thread))
+        checks.checked(checks.moment_problems(self._thread))
         if not self._stepped:
             self._check_stepped()
         self._stepped = not self._network.optimizers

@@ -24,8 +24,8 @@ class Policy:
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
         rebalance: under plain SGD, survivors are rescaled to keep their pace of learning.
         guard, tolerance: a removal is undone if the loss on held-out data rises by more than `guard` times what was
-            predicted, `tolerance` times the loss and three standard errors together. No event may be predicted to
-            cost more than `tolerance` times the loss.
+            predicted, `tolerance` times the loss (or a quarter of what has been learned, if that is more) and three
+            standard errors together. No event may be predicted to cost more than that `tolerance` allows.
         confidence: of the certificate's limit on changed predictions.
         max_loss_increase, max_changed_predictions: hard limits; a removal that can't show them is undone.
         cost: what removals should save: "flops", or measured "milliseconds".

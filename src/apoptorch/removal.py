@@ -67,9 +67,9 @@ def remove_(
 ) -> Event:  # fmt: skip
     """Plan on `calibration`, apply, check on `held_out`; a removal that breaks a limit is undone and says so.
 
-    Without `budget` it is the policy's tolerance times the loss, and channels go for `price` (see `plan`) times what
-    has been learned: the fall of the loss since `first_loss`, at least a tenth of the loss. Without `loss_fn` the loss
-    counts as 1.
+    Without `budget` it is the policy's tolerance times the level of the loss (its value now, at least a quarter of what
+    has been learned), and channels go for `price` (see `plan`) times what has been learned: the fall of the loss since
+    `first_loss`, at least a tenth of the level. Without `loss_fn` both are 1.
 
     Raises:
         ArgumentError: the calibration data is empty, or the model's loss on it isn't finite.
@@ -79,9 +79,9 @@ def remove_(
     calibration, held_out = merged(calibration), merged(held_out)
     before = evaluate(network.model, held_out, loss_fn)
     _check_calibration(calibration, before, loss_fn)
+    level, learned = (abs(before.loss), first_loss - before.loss) if loss_fn else (1.0, 1.0)
+    level = max(level, learned / 4) if learned > 0 else level  # a loss near 0 is no measure of harm
     if budget is None:
-        level = abs(before.loss) if loss_fn else 1.0
-        learned = first_loss - before.loss if loss_fn else 1.0
         budget, price = policy.tolerance * level, price * (learned if learned > 0.1 * level else 0.1 * level)
     groups = network.prunable(policy.floor)
     moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
@@ -94,7 +94,7 @@ def remove_(
         by_name = {group.name: group for group in groups}
         shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
         after = evaluate(network.model, held_out, loss_fn)
-        increase, reason = judge(before, after, policy, draft.predicted or 0.0, loss_fn)
+        increase, reason = judge(before, after, policy, draft.predicted or 0.0, level, loss_fn)
         certificate = certify(before, after, policy.confidence, increase)
         if reason is not None:
             surgery.undo_()
@@ -171,9 +171,12 @@ def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
 
 
 def judge(
-    before: Evaluation, after: Evaluation, policy: Policy, predicted: float, loss_fn: LossFn | None
+    before: Evaluation, after: Evaluation, policy: Policy, predicted: float, level: float, loss_fn: LossFn | None
 ) -> tuple[float, str | None]:
-    """The measured loss increase on held-out data, and why the removal must be undone (None if it need not)."""
+    """The measured loss increase on held-out data, and why the removal must be undone (None if it need not).
+
+    `level` is the loss that the policy's tolerance is a share of.
+    """
     if loss_fn is None:
         increase, spread = output_change(before, after), 0.0
     else:
@@ -182,7 +185,7 @@ def judge(
         spread = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     if not math.isfinite(increase):
         return increase, "the loss on held-out data is no longer finite"
-    if increase - 3 * spread > policy.guard * predicted + policy.tolerance * abs(before.loss if loss_fn else 1.0):
+    if increase - 3 * spread > policy.guard * predicted + policy.tolerance * level:
         return increase, (
             f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by "
             f"{predicted:.3g} as predicted"
