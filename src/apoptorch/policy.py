@@ -21,6 +21,7 @@ class Policy:
         payback: an event happens if it is expected to save this many times what it costs; 0: always.
         samples: inputs on which a removal is planned; half as many again are held out to judge it.
         damping: see `calibrate.measure`.
+        steepest: no look narrows a group by more than this factor: what has no use yet may get one.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
         rebalance: under plain SGD, survivors are rescaled to keep their pace of learning.
         guard, tolerance: a removal is undone if the loss on held-out data rises by more than `guard` times what was
@@ -41,6 +42,7 @@ class Policy:
     payback: float = 1.0
     samples: int = 2048
     damping: float = 1.0
+    steepest: float = 8.0
     multiple: int = 8
     floor: int = 8
     rebalance: bool = True
@@ -56,9 +58,9 @@ class Policy:
             "price": self.price > 0, "concavity": self.concavity >= 0, "rise": self.rise >= 0,
             "start": 0 <= self.start < 1, "first_step": self.first_step >= 1, "gap": self.gap > 1,
             "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
-            "damping": self.damping >= 0, "multiple": self.multiple >= 1, "floor": self.floor >= 1,
-            "guard": self.guard > 0, "tolerance": self.tolerance >= 0, "confidence": 0 < self.confidence < 1,
-            "cost": self.cost in ("flops", "milliseconds"),
+            "damping": self.damping >= 0, "steepest": self.steepest > 1, "multiple": self.multiple >= 1,
+            "floor": self.floor >= 1, "guard": self.guard > 0, "tolerance": self.tolerance >= 0,
+            "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
         }  # fmt: skip
         problems = [
             f"`{name}` must be in its range, got {getattr(self, name)!r}. See help(apoptorch.Policy)."

@@ -116,19 +116,23 @@ def plan(
     """Fold plans that spend where it saves most; and each group's unexplained share of output energy.
 
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
-    less than `price` for each share of the full network's cost that it saves.
+    less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
+    steepest factor.
     """
     stop = min(price / 100, budget / 20)  # finer differences would not change what is bought
+    steepest = policy.steepest if math.isfinite(price) else math.inf
+    floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
     selections: dict[str, Selection] = {}
     curves: dict[str, Float64[Tensor, " n+1"]] = {}
     for group in groups:
         m = moments[group.name]
         selections[group.name] = select(
-            m.second, m.mean, m.metric, stop=stop, floor=policy.floor, multiple=policy.multiple
+            m.second, m.mean, m.metric, stop=stop, floor=floors[group.name], multiple=policy.multiple
         )
-        curves[group.name] = selections[group.name].curve(group.width, policy.floor) * overfit(group.width, m.samples)
+        curve = selections[group.name].curve(group.width, floors[group.name])
+        curves[group.name] = curve * overfit(group.width, m.samples)
     widths = spend(
-        curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=policy.floor,
+        curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=floors,
         least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
     )  # fmt: skip
     plans, errors = [], {}
