@@ -153,7 +153,7 @@ def test_payback_that_can_not_be_reached_leaves_the_network_alone():
     events, _ = train(model, optimizer, apoptosis, range(STEPS))
     assert events == []
     assert widths(apoptosis) == [64, 48, 3]
-    assert "nothing was tried yet" in apoptosis.explain()
+    assert "would not pay for itself" in apoptosis.explain()
 
 
 def test_an_optimizer_is_not_needed():
