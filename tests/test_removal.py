@@ -365,8 +365,8 @@ STAGES = {
     "unexplained": (removal, "unexplained", 3),
     "surgery": (Surgery, "fold_", 3),
     "judge": (removal, "judge", 1),
-    "certify": (removal, "certify", 2),
-    "limit": (removal, "clopper_pearson_upper", 2),
+    "certify": (removal, "certify", 1),
+    "limit": (removal, "clopper_pearson_upper", 1),
     "cost": (removal, "flops", 2),
 }
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .calibrate import Batch, LossFn, evaluate
+from .calibrate import Batch, LossFn, evaluate, split
 from .errors import ArgumentError
 from .graph import trace
 from .plan import ChannelGroup, Event
@@ -281,16 +281,6 @@ class Apoptosis:
 
 _NEVER = 2**62
 _OVERHEAD = 5e-4  # seconds: a step with less work than this is mostly overhead, whatever the widths
-
-
-def split(batch: Batch) -> tuple[Batch, Batch]:
-    """Three quarters to plan on and a quarter to judge on; the same batch twice if it can't be divided."""
-    size = batch.size
-    leaves = [leaf for leaf in tree_leaves((batch.args, batch.kwargs, batch.targets)) if isinstance(leaf, Tensor)]
-    if size < 8 or any(leaf.ndim == 0 or len(leaf) != size for leaf in leaves):
-        return batch, batch
-    cut = size - max(1, size // 4)
-    return batch.map(lambda tensor: tensor[:cut]), batch.map(lambda tensor: tensor[cut:])
 
 
 def _several(optimizer: Any) -> tuple[Any, ...]:

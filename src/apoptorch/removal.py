@@ -94,8 +94,9 @@ def remove_(
         by_name = {group.name: group for group in groups}
         shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
         after = evaluate(network.model, held_out, loss_fn)
-        increase, reason = judge(before, after, policy, draft.predicted or 0.0, level, loss_fn)
+        increase, spread = _increase(before, after, loss_fn)
         certificate = certify(before, after, policy.confidence, increase)
+        reason = judge(increase, spread, certificate, policy, draft.predicted or 0.0, level)
         if reason is not None:
             surgery.undo_()
             shrunk = {}
@@ -175,37 +176,37 @@ def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
 
 
 def judge(
-    before: Evaluation, after: Evaluation, policy: Policy, predicted: float, level: float, loss_fn: LossFn | None
-) -> tuple[float, str | None]:
-    """The measured loss increase on held-out data, and why the removal must be undone (None if it need not).
+    increase: float, spread: float, certificate: Certificate, policy: Policy, predicted: float, level: float
+) -> str | None:
+    """Why the removal must be undone (None if it need not).
 
-    `level` is the loss that the policy's tolerance is a share of.
+    `increase` and its standard error `spread` are measured on held-out data; `level` is the loss that the policy's
+    tolerance is a share of.
     """
-    if loss_fn is None:
-        increase, spread = output_change(before, after), 0.0
-    else:
-        pairs = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
-        increase = after.loss - before.loss
-        spread = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
     if not math.isfinite(increase):
-        return increase, "the loss on held-out data is no longer finite"
+        return "the loss on held-out data is no longer finite"
     if increase - 3 * spread > policy.guard * predicted + policy.tolerance * level:
-        return increase, (
+        return (
             f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by "
             f"{predicted:.3g} as predicted"
         )
     if policy.max_loss_increase is not None and increase + spread > policy.max_loss_increase:
-        return (
-            increase,
-            f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})",
-        )
-    share = certify(before, after, policy.confidence, increase).changed_upper
+        return f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})"
+    share = certificate.changed_upper
     if policy.max_changed_predictions is not None and (share is None or share > policy.max_changed_predictions):
-        return increase, (
+        return (
             f"at most {policy.max_changed_predictions:g} changed predictions can't be shown at confidence "
             f"{policy.confidence:g} (upper limit {'none: no classes' if share is None else format(share, '.3g')})"
         )
-    return increase, None
+    return None
+
+
+def _increase(before: Evaluation, after: Evaluation, loss_fn: LossFn | None) -> tuple[float, float]:
+    """The loss increase on held-out data and its standard error."""
+    if loss_fn is None:
+        return output_change(before, after), 0.0
+    pairs = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
+    return after.loss - before.loss, statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
 
 
 def certify(before: Evaluation, after: Evaluation, confidence: float, increase: float) -> Certificate:

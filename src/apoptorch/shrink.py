@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .apoptosis import split
-from .calibrate import Batch, LossFn
+from .calibrate import Batch, LossFn, split
 from .closed_form import Outcome, fold_chain_
 from .graph import trace, trace_chain
 from .plan import Event, GroupChange
