@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "core.jsonl"
 MEASURED = [
     "src",
     "examples/comparison.py",
-    "examples/datasets.py",
+    "examples/datasets",
     "benchmarks/core.py",
     "benchmarks/tasks.py",
 ]

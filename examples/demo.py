@@ -105,7 +105,7 @@ def recipe(width: int, epochs: int) -> Task:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="as in examples/datasets.py; the bundled higgs-sim sample by default")
+    parser.add_argument("--data", help="as in examples/datasets; the bundled higgs-sim sample by default")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--data", help="directory with the four .gz files, see examples/datasets.py")
+    parser.add_argument("--data", help="directory with the four .gz files, see examples/datasets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     data = datasets.fashion_mnist(args.data)
