@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from comparison import train, warm_up
+from comparison import Apoptosis, Contender, train, warm_up
 from datasets import Split
 
 from benchmarks.tasks import TASKS
@@ -28,6 +28,7 @@ MEASURED = [
     "benchmarks/core.py",
     "benchmarks/tasks.py",
 ]
+CONTENDERS = {"dense": Contender, "apoptosis": Apoptosis}
 THREADS = 2
 EVALUATIONS = 4  # points of the metric's curve per epoch
 SAME_TIME, SOONER = "fashion-mlp-same-time", "time-to-dense-accuracy"  # both stretch fashion-mlp
@@ -59,7 +60,7 @@ def plan(tasks: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
     """(task, contender, seed), the two contenders of a seed right after each other."""
     for task in tasks:
         for seed in seeds:
-            for contender in ("dense", "apoptosis") if task in TASKS else ("apoptosis",):
+            for contender in CONTENDERS if task in TASKS else ("apoptosis",):
                 yield task, contender, seed
 
 
@@ -105,7 +106,7 @@ def main() -> None:
             data = loaded(load)
             run["examples"] = len(data.train_x)
             warm_up(recipe, data)
-            run |= train(replace(recipe, epochs=epochs), data, contender, seed, EVALUATIONS)[0]
+            run |= train(replace(recipe, epochs=epochs), data, CONTENDERS[contender](), seed, EVALUATIONS)[0]
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(run) + "\n")

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -100,15 +100,15 @@ class Meter:
 
     def step(self, model: nn.Module) -> None:
         """Count one training step at the model's present shapes."""
-        with self._stopped():
-            if self._flops_at != (size := _parameters(model)):
+        with self.stopped():
+            if self._flops_at != (size := parameters(model)):
                 self._flops, self._flops_at = step_flops(model, self.task, self.data), size
             self.train_flops += self._flops
             self.steps += 1
 
     def evaluate(self, model: nn.Module) -> float:
         """The metric on the test set, in eval mode, as a new point of the curve."""
-        with self._stopped(), torch.no_grad():
+        with self.stopped(), torch.no_grad():
             training = model.training
             output = torch.cat([model.eval()(part) for part in self.data.test_x.split(2048)])
             model.train(training)
@@ -117,12 +117,12 @@ class Meter:
 
     def summary(self, model: nn.Module) -> dict[str, Any]:
         """The finished run in JSON types; `metric` is the last one evaluated."""
-        with self._stopped():
+        with self.stopped():
             return {
                 "wall_s": self._wall_s,
                 "cpu_s": self._cpu_s,
                 "train_flops": self.train_flops,
-                "parameters": _parameters(model),
+                "parameters": parameters(model),
                 "metric": self.curve[-1][1],
                 "widths": widths(model),
                 "curve": self.curve,
@@ -132,62 +132,135 @@ class Meter:
         self._since = time.perf_counter(), time.process_time()
 
     @contextmanager
-    def _stopped(self) -> Iterator[None]:
+    def stopped(self) -> Iterator[None]:
+        """What happens within is not counted."""
         self._wall_s += time.perf_counter() - self._since[0]
         self._cpu_s += time.process_time() - self._since[1]
         yield
         self._start()
 
 
+@dataclass
+class Run:
+    """One training run, as its contender sees it."""
+
+    task: Task
+    data: Split
+    model: nn.Module
+    optimizer: Optimizer
+    total_steps: int
+    meter: Meter
+
+
+class Contender:
+    """What becomes of a network while it trains: here nothing, it stays dense. One object serves one run.
+
+    Subclasses change model and optimizer in place; what they do counts, but within `meter.stopped()`.
+    """
+
+    def begin(self, run: Run) -> None:
+        """Once, before the first step."""
+
+    def gradients(self) -> None:
+        """At each step, once the gradients are there and before the optimizer uses them."""
+
+    def step(self, x: Tensor, y: Tensor) -> Any:
+        """At each step, after the optimizer's, with the batch just trained on: not None if this was an event."""
+
+    @property
+    def history(self) -> Sequence[Any]:
+        """apoptorch's events, where there are any."""
+        return ()
+
+    def facts(self) -> dict[str, Any]:
+        """What else the summary of the run should hold, in JSON types."""
+        return {}
+
+
+class Apoptosis(Contender):
+    """apoptorch, with nothing set but the policy."""
+
+    def __init__(self, policy: str = "normal"):
+        self.policy = policy
+
+    def begin(self, run: Run) -> None:
+        self.apoptosis = apoptorch.Apoptosis(
+            run.model, run.optimizer, example_inputs=run.data.train_x[: run.task.batch], loss_fn=run.task.loss_fn,
+            total_steps=run.total_steps, policy=self.policy,
+        )  # fmt: skip
+
+    def step(self, x: Tensor, y: Tensor) -> Any:
+        return self.apoptosis.step(x, targets=y)
+
+    @property
+    def history(self) -> Sequence[Any]:
+        return self.apoptosis.history
+
+    def facts(self) -> dict[str, Any]:
+        kept = ("step", "widths_after", "parameters_after", "rolled_back", "seconds", "predicted", "measured")
+        return {"events": [{key: event.to_json()[key] for key in kept} for event in self.history]}
+
+
 def train(
     task: Task,
     data: Split,
-    contender: str,
+    contender: Contender,
     seed: int = 0,
     evaluations: int = 1,
     on_step: Callable[[nn.Module, float, Meter], None] = lambda model, loss, meter: None,
-) -> tuple[dict[str, Any], list]:
-    """Train `task` as `contender`, "dense" or "apoptosis": same seed, same weights, same order of batches.
+) -> tuple[dict[str, Any], nn.Module]:
+    """Train `task` with a contender: whichever it is, same seed, same weights, same order of batches.
 
     evaluations: how often the metric is taken per epoch. on_step(model, loss, meter) counts as training time.
-    Returns the summary and the history. With apoptosis the summary also has `apoptosis_s`, all seconds spent in
-    apoptorch, `event_s`, those of the events, and `idle_share`, the median call of `step` that returned None over
-    the median training step.
+    Returns the summary and the trained model. The summary also has `contender_s`, all seconds spent in the contender;
+    `event_s` and `event_cpu_s`, those of its events; `idle_share`, the median call of its `step` that was no event
+    over the median training step; `trajectory`, step, parameters and widths after each event; and its `facts`.
     """
     per_epoch = len(data.train_x) // task.batch
     evaluate_at = {round(per_epoch * (i + 1) / evaluations) for i in range(task.epochs * evaluations)}
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    training, calls, idle, apoptosis = [], [], [], None
+    training, other, calls, events, trajectory = _Clock(), _Clock(), _Clock(), _Clock(), []
     meter = Meter(task, data)
     model = task.model()
     optimizer = task.optimizer(model.parameters())
     scheduler = CosineAnnealingLR(optimizer, task.epochs * per_epoch)
-    if contender == "apoptosis":
-        with _timed(calls):
-            apoptosis = _apoptosis(task, data, model, optimizer, task.epochs * per_epoch)
+    other.time(contender.begin, Run(task, data, model, optimizer, task.epochs * per_epoch, meter))
     for x, y in (batch for _ in range(task.epochs) for batch in batches(data, task.batch, order)):
-        with _timed(training):
-            loss = task.loss_fn(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        if apoptosis is not None:
-            before = time.perf_counter()
-            event = apoptosis.step(x, targets=y)
-            calls.append(time.perf_counter() - before)
-            idle += [calls[-1]] if event is None else []
+        loss = training.time(_backward, task, model, optimizer, x, y)
+        other.time(contender.gradients)
+        training.time(_update, optimizer, scheduler)
+        event = calls.time(contender.step, x, y)
         meter.step(model)
+        if event is not None:
+            events.seconds.append(calls.seconds.pop())
+            trajectory.append((meter.steps, parameters(model), widths(model)))
         if meter.steps in evaluate_at:
             meter.evaluate(model)
-        on_step(model, loss.item(), meter)
-    summary, history = meter.summary(model), [] if apoptosis is None else list(apoptosis.history)
-    if apoptosis is not None:
-        summary["apoptosis_s"] = sum(calls)
-        summary["event_s"] = sum(event.seconds for event in history)
-        summary["idle_share"] = median(idle) / median(training)
-    return summary, history
+        on_step(model, loss, meter)
+    halves = [wall for wall, _ in training.seconds]  # of each step: up to the gradients, and the optimizer's
+    steps = [sum(pair) for pair in zip(halves[::2], halves[1::2], strict=True)]
+    return {
+        **meter.summary(model),
+        "contender_s": sum(wall for clock in (other, calls, events) for wall, _ in clock.seconds),
+        "event_s": sum(wall for wall, _ in events.seconds),
+        "event_cpu_s": sum(cpu for _, cpu in events.seconds),
+        "idle_share": median(wall for wall, _ in calls.seconds) / median(steps),
+        "trajectory": trajectory,
+        **contender.facts(),
+    }, model
+
+
+def _backward(task: Task, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> float:
+    loss = task.loss_fn(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    return loss.item()
+
+
+def _update(optimizer: Optimizer, scheduler: CosineAnnealingLR) -> None:
+    optimizer.step()
+    scheduler.step()
 
 
 def warm_up(task: Task, data: Split) -> None:
@@ -196,7 +269,7 @@ def warm_up(task: Task, data: Split) -> None:
     train(
         replace(task, epochs=1),
         data._replace(train_x=data.train_x[:few], train_y=data.train_y[:few]),
-        "dense",
+        Contender(),
     )
 
 
@@ -206,17 +279,19 @@ def ratio(dense: dict[str, Any], apoptosis: dict[str, Any]) -> dict[str, float]:
     return {**costs, "metric": apoptosis["metric"] - dense["metric"]}
 
 
-def _parameters(model: nn.Module) -> int:
+def parameters(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _apoptosis(task: Task, data: Split, model: nn.Module, optimizer: Optimizer, steps: int):
-    x = data.train_x[: task.batch]
-    return apoptorch.Apoptosis(model, optimizer, example_inputs=x, loss_fn=task.loss_fn, total_steps=steps)
+class _Clock:
+    """(wall, CPU) seconds of each call."""
 
+    def __init__(self) -> None:
+        self.seconds: list[tuple[float, float]] = []
 
-@contextmanager
-def _timed(seconds: list[float]) -> Iterator[None]:
-    before = time.perf_counter()
-    yield
-    seconds.append(time.perf_counter() - before)
+    def time(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = call(*arguments)
+        self.seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
+        return result

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import datasets
 import torch.nn.functional as F
-from comparison import Meter, Task, auc, mlp, ratio, train, warm_up, widths
+from comparison import Apoptosis, Contender, Meter, Task, auc, mlp, ratio, train, warm_up, widths
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -20,8 +20,6 @@ from torch.optim import AdamW
 
 from apoptorch.report.figures import save_comparison
 from apoptorch.report.terminal import history_table
-
-CONTENDERS = ("dense", "apoptosis")
 
 
 class Progress:
@@ -79,7 +77,7 @@ class Progress:
 
 def result_table(summary: dict[str, dict[str, float]]) -> Table:
     """dense, apoptosis and their ratio, number by number."""
-    table = Table("", *CONTENDERS, "dense / apoptosis", title="what was gained")
+    table = Table("", "dense", "apoptosis", "dense / apoptosis", title="what was gained")
     dense, ours, gain = summary["dense"], summary["apoptosis"], summary["ratio"]
     for key, label, form in (
         ("wall_s", "wall seconds", "{:.1f}"),
@@ -114,12 +112,13 @@ def main() -> None:
     data = datasets.higgs(args.data)
     task = recipe(args.width, args.epochs)
     total_steps = task.epochs * (len(data.train_x) // task.batch)
-    console, runs, history = Console(), {}, []
+    console, runs = Console(), {}
+    contenders = {"dense": Contender(), "apoptosis": Apoptosis()}
     warm_up(task, data)
     with Progress(console, total_steps) as progress:
-        for contender in CONTENDERS:
-            on_step = partial(progress, contender)
-            runs[contender], history = train(task, data, contender, args.seed, 2, on_step)
+        for name, contender in contenders.items():
+            runs[name], _ = train(task, data, contender, args.seed, 2, partial(progress, name))
+    history = contenders["apoptosis"].history
     keys = ("wall_s", "train_flops", "parameters", "metric")
     summary = {name: {key: run[key] for key in keys} for name, run in runs.items()}
     summary["ratio"] = ratio(runs["dense"], runs["apoptosis"])

@@ -1,14 +1,30 @@
 """Tests of what the examples and benchmarks measure with: examples/comparison.py and benchmarks/."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Meter, Task, accuracy, auc, batches, mlp, ratio, sgd, step_flops, train, widths
+from comparison import (
+    Apoptosis,
+    Contender,
+    Meter,
+    Task,
+    accuracy,
+    auc,
+    batches,
+    mlp,
+    ratio,
+    sgd,
+    step_flops,
+    train,
+    widths,
+)
 from datasets import Split
 from sklearn.metrics import roc_auc_score
+from torch import nn
 
 from benchmarks import core, tables
 
@@ -65,10 +81,11 @@ def test_meter_leaves_out_evaluation_and_keeps_the_mode(task, data, monkeypatch)
 def test_dense_training_is_reproducible_counts_its_steps_and_makes_no_apoptorch_object(task, data, monkeypatch):
     monkeypatch.setattr("comparison.apoptorch", None)
     seen = []
-    first, history = train(task, data, "dense", 1, 2, lambda model, loss, meter: seen.append(meter.steps))
-    second, _ = train(task, data, "dense", 1, 2)
+    first, model = train(task, data, Contender(), 1, 2, lambda model, loss, meter: seen.append(meter.steps))
+    second, _ = train(task, data, Contender(), 1, 2)
     assert seen == list(range(1, 13))
-    assert history == []
+    assert accuracy(model.eval()(data.test_x), data.test_y) == first["metric"]
+    assert first["trajectory"] == []
     assert first["metric"] == second["metric"]
     assert [m for _, m in first["curve"]] == [m for _, m in second["curve"]]
     assert len(first["curve"]) == 4
@@ -78,8 +95,9 @@ def test_dense_training_is_reproducible_counts_its_steps_and_makes_no_apoptorch_
 
 def test_apoptosis_sees_every_step_and_ends_as_dense_does_when_nothing_is_removed(task, data, monkeypatch):
     class Idle:
-        def __init__(self, model, optimizer, *, example_inputs, loss_fn, total_steps):
+        def __init__(self, model, optimizer, *, example_inputs, loss_fn, total_steps, policy):
             assert example_inputs.shape == (32, 6)
+            assert policy == "normal"
             assert total_steps == 12
             self.history = []
 
@@ -87,11 +105,33 @@ def test_apoptosis_sees_every_step_and_ends_as_dense_does_when_nothing_is_remove
             assert len(x) == len(targets) == 32
 
     monkeypatch.setattr("comparison.apoptorch.Apoptosis", Idle, raising=False)
-    dense, ours = train(task, data, "dense")[0], train(task, data, "apoptosis")[0]
+    dense, ours = (train(task, data, contender())[0] for contender in (Contender, Apoptosis))
     assert ours["metric"] == dense["metric"]
     assert ours["train_flops"] == dense["train_flops"]
-    assert ours["event_s"] == 0 < ours["apoptosis_s"] < ours["wall_s"]
+    assert ours["event_s"] == 0 < ours["contender_s"] < ours["wall_s"]
     assert ours["idle_share"] > 0
+
+
+def test_events_are_timed_apart_and_leave_a_trajectory(task, data):
+    class Narrow(Contender):
+        def begin(self, run):
+            self.model, self.steps = run.model, 0
+
+        def step(self, x, y):
+            self.steps += 1
+            if self.steps == 3:
+                time.sleep(0.05)
+                self.model.append(nn.Linear(2, 2))
+                return "an event"
+
+        def facts(self):
+            return {"note": "widened"}
+
+    record, _ = train(task, data, Narrow())
+    assert record["trajectory"] == [(3, 16 * 7 + 16 * 17 + 2 * 17 + 6, [16, 16, 2])]
+    assert 0.05 <= record["event_s"] <= record["contender_s"]
+    assert record["event_cpu_s"] < record["event_s"]
+    assert record["note"] == "widened"
 
 
 def test_widths_leave_out_the_output_layer():
@@ -123,7 +163,7 @@ def record(contender, seed=0, task="fashion-mlp", **changes):
         "widths": [8],
         "curve": [[50.0, 0.8], [100.0, 0.9]],
     }
-    ours = {"wall_s": 10.0, "parameters": 50, "apoptosis_s": 2.0, "event_s": 1.0, "idle_share": 1e-4}
+    ours = {"wall_s": 10.0, "parameters": 50, "contender_s": 2.0, "event_s": 1.0, "idle_share": 1e-4}
     return {**base, **(ours if contender == "apoptosis" else {}), **changes}
 
 
@@ -172,8 +212,9 @@ def test_benchmark_resumes_and_stretches_the_schedule_by_the_measured_speed_up(t
     trained = []
 
     def fake(recipe, data, contender, seed, evaluations):
-        trained.append((contender, seed, recipe.epochs))
-        return record(contender, seed, epochs=recipe.epochs), []
+        name = "apoptosis" if isinstance(contender, Apoptosis) else "dense"
+        trained.append((name, seed, recipe.epochs))
+        return record(name, seed, epochs=recipe.epochs), recipe.model()
 
     monkeypatch.setattr(core, "train", fake)
     monkeypatch.setattr(core, "warm_up", lambda task, data: None)

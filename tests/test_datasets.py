@@ -89,7 +89,7 @@ def write_idx(folder, source, shade, n=3):
     images = np.full((n, 28, 28), shade)
     images[-1, -1, -1] = 0
     for name in source.files:
-        (folder / name).write_bytes(idx(images if "images" in name else np.array([9, 0, shade % 10])))
+        (folder / name).write_bytes(idx(images if "images" in name else np.resize([9, 0, shade % 10], n)))
     return folder
 
 

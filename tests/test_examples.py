@@ -10,11 +10,12 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_datasets import write_fashion
+from datasets import images
+from test_datasets import write_idx
 
 from apoptorch.plan import Event
 
-EXAMPLES = Path(datasets.__file__).parent
+EXAMPLES = Path(datasets.__file__).parents[1]
 
 
 def run(script, *arguments):
@@ -49,7 +50,7 @@ def test_demo_without_a_terminal_writes_summary_history_and_picture(few_events, 
 
 
 def test_fashion_mnist_prints_every_epoch_and_the_comparison(tmp_path):
-    folder = write_fashion(tmp_path / "images", shade=8, n=256)
+    folder = write_idx(tmp_path / "images", images.FASHION_MNIST, shade=8, n=256)
     shown = run("fashion_mnist.py", "--data", folder, "--width", 16, "--epochs", 2)
     assert shown.count("test accuracy") == 5
     assert "dense: epoch 2" in shown
