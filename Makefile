@@ -20,5 +20,5 @@ bench-core: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[report,bench,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[report,bench,lightning,transformers,onnx,docs,dev]'
 	touch $@

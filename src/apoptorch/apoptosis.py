@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from . import checks
 from .calibrate import Batch, LossFn, evaluate, split
 from .errors import ArgumentError
+from .explain import Outlook, explained
 from .graph import trace
 from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
@@ -73,6 +74,7 @@ class Apoptosis:
         self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
         self._last_call, self._step_seconds, self._first_loss = math.nan, math.inf, math.nan
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
+        self._unpaid = False  # the last look was left out, as it would not have paid for itself
         self._thread: int | None = None
         self._stepped = not optimizers
         for item in optimizers:
@@ -124,29 +126,17 @@ class Apoptosis:
         return self._remove([calibration], [held_out], replace(self.policy, rebalance=False), budget)
 
     def explain(self) -> str:
-        """Why each group did or did not shrink, one line each."""
-        lines = []
-        for group in self.groups:
-            change = f"{group.name}: {group.full_width} -> {group.width} channels"
-            undone = [e for e in self.history if e.rolled_back and any(c.group == group.name for c in e.changes)]
-            if not group.prunable:
-                change = f"{group.name}: keeps its {group.width} channels: {group.reason}"
-            elif group.width == group.full_width and undone:
-                change += f": {undone[-1].reason}"
-            elif group.width == group.full_width and self._looked is not None:
-                change += ": nothing was redundant at this price; policy='aggressive' pays more"
-            elif group.width == group.full_width:
-                unpaid = "nothing was tried: in the steps that remain it would not pay for itself"
-                planned = f"nothing was tried yet; next look at step {self._event_step}, if it will pay for itself"
-                change += f": {unpaid if self._wake == _NEVER else planned}"
-            lines.append(change)
-        return "\n".join(lines)
+        """Why each group did or did not shrink and what to try, one line each: "name: sentence"."""
+        looked = self._looked or (self.history[-1] if self.history else None)
+        next_look = None if self._wake == _NEVER else self._event_step
+        outlook = Outlook(looked, next_look, self._unpaid, self.policy.floor)
+        return "\n".join(f"{name}: {words}" for name, words in explained(self.groups, self.history, outlook).items())
 
-    def report(self, path: str) -> None:
-        """Writes the run as one self-contained HTML file (needs the `report` extra)."""
-        from .report import write_html
+    def report(self, path: str, curves: Mapping[str, Sequence[tuple[int, float]]] | None = None) -> None:
+        """Writes the run as one self-contained HTML file; `curves`: (step, value) by name, as of the loss."""
+        from .report import Record, write_html
 
-        write_html([event.to_json() for event in self.history], path, self.explain())
+        write_html(Record.of(self, curves), path)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
@@ -204,7 +194,8 @@ class Apoptosis:
         event = None
         if self._step >= self._event_step and len(self._batches) >= 3:
             batches, self._batches = self._batches, []
-            if self._pays():
+            self._unpaid = not self._pays()
+            if not self._unpaid:
                 event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
             waits = 1 if event is None or event.changes else 2  # having found nothing, wait twice as long
             self._event_step = math.ceil(self._step * self.policy.gap**waits)
@@ -248,6 +239,8 @@ class Apoptosis:
             first_loss=self._first_loss,
             step=self._step,
         )
+        if math.isfinite(self._step_seconds):
+            event = replace(event, step_seconds=self._step_seconds)
         self._looked = event
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0

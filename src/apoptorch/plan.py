@@ -166,6 +166,7 @@ class Event:
         certificate: what was shown on held-out data, or None without data.
         rolled_back: True if the guard undid the event.
         reason: why it was rolled back, or why nothing was removed.
+        step_seconds: wall time of a training step just before the event (the least of several), where it was timed.
     """
 
     step: int
@@ -185,6 +186,7 @@ class Event:
     rolled_back: bool = False
     reason: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    step_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; floats that are not finite become None."""

@@ -1,12 +1,8 @@
-"""What a run's history says: a table for the terminal, a picture, an HTML page. The core does without it."""
+"""What a run's history says: an HTML page, a table, a live view, TensorBoard; pictures in `figures` (matplotlib)."""
 
-try:
-    from apoptorch.report.figures import plot_metric, plot_widths, save_comparison
-    from apoptorch.report.html import write_html
-    from apoptorch.report.terminal import history_table
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"apoptorch.report needs {error.name}, which is not installed. Run `pip install 'apoptorch[report]'`."
-    ) from error
+from .html import write_html
+from .live import LiveView, TensorBoard
+from .record import Record, Recorder
+from .terminal import history_table
 
-__all__ = ["history_table", "plot_metric", "plot_widths", "save_comparison", "write_html"]
+__all__ = ["LiveView", "Record", "Recorder", "TensorBoard", "history_table", "write_html"]
