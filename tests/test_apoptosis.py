@@ -12,10 +12,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from apoptorch import Apoptosis, ApoptosisError, ArgumentError, Event, ExportError, Policy, SurgeryError, checkpoint
+from apoptorch import (
+    Apoptosis,
+    ApoptosisError,
+    ArgumentError,
+    Event,
+    ExportError,
+    Policy,
+    SurgeryError,
+    checkpoint,
+    shrink,
+)
 
 # Wall time decides nothing (payback=0), and the first look comes at step 12.
 POLICY = Policy(
@@ -480,15 +492,25 @@ def refused_without_values(model):
     return str(raised.value)
 
 
-def test_distributed_wrapper_is_refused():
+def test_distributed_wrappers_that_are_not_followed_are_refused():
+    assert "`model` must not be wrapped by DataParallel" in refused(nn.DataParallel(mlp()))
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        text = refused(nn.parallel.DistributedDataParallel(mlp()))
-        assert "`model` must not be wrapped for distributed training, got DistributedDataParallel" in text
+        whole, part = mlp(), mlp()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(part[4], mesh=mesh)
+        for model, name in ((fully_shard(whole, mesh=mesh), "0.weight"), (part, "4.weight")):
+            with pytest.raises(ArgumentError, match=f"must not be sharded .* got a DTensor .{name}"):
+                Apoptosis(model, example_inputs=X[:4])
+        with pytest.raises(ArgumentError, match="must not be wrapped by DistributedDataParallel here"):
+            shrink(nn.parallel.DistributedDataParallel(mlp()), example_inputs=X[:4])
+        model = mlp()
+        sharded = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(ArgumentError, match="got ZeroRedundancyOptimizer"):
+            Apoptosis(model, sharded, example_inputs=X[:4])
     finally:
         dist.destroy_process_group()
-    assert "DataParallel" in refused(nn.DataParallel(mlp()))
 
 
 def everything(model, optimizer, apoptosis):

@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,14 +13,15 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .calibrate import Batch, LossFn, evaluate, split
-from .errors import ArgumentError
+from .calibrate import Batch, LossFn, evaluate, pooled, split
+from .distributed import fingerprint, unwrapped, wrapper_problems
+from .errors import AbandonedError, ArgumentError
 from .explain import Outlook, explained
 from .graph import trace
 from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
 from .rehearsal import rehearsed
-from .removal import Network, remove_
+from .removal import Network, abandoned, remove_
 from .surgery import named_tensors, narrow_
 from .timing import milliseconds, training_seconds
 
@@ -28,7 +30,8 @@ class Apoptosis:
     """Removes the neurons of `model` that its training makes redundant: call `step` after every optimizer.step().
 
     Args:
-        model: the network, also inside torch.compile.
+        model: the network, also inside DistributedDataParallel or torch.compile. With DDP every method but `explain`,
+            `report` and `state_dict` is to be called on every rank, each with its own data.
         optimizer: one, several or none.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of one training batch.
         loss_fn: `loss_fn(output, targets)` -> mean loss. Budgets are in its units; without it they are relative mean
@@ -48,7 +51,8 @@ class Apoptosis:
         loss_fn: LossFn | None = None, total_steps: int | None = None, policy: str | Policy = "normal",
         protect: Sequence[str] = (), followers: Sequence[nn.Module] = (),
     ):  # fmt: skip
-        checks.checked(checks.model_problems(model))
+        model, ranks = unwrapped(model)
+        checks.checked(ranks.problems([*checks.model_problems(model)]))
         model = checks.unwrapped(model)
         optimizers = _several(optimizer)
         args, kwargs = checks.as_call(example_inputs)
@@ -56,21 +60,24 @@ class Apoptosis:
         problems += checks.optimizer_problems(model, optimizers, followers if not problems else ())
         problems += [*checks.name_problems(model, protect), *checks.call_problems(model, args, kwargs)]
         problems += checks.data_problems(tree_leaves((args, kwargs)), "example_inputs")
-        problems += _setting_problems(loss_fn, total_steps, policy)
-        checks.checked(problems)
+        problems += [*_setting_problems(loss_fn, total_steps, policy), *wrapper_problems(ranks)]
+        facts = {} if ranks.alone else _facts(model, optimizers, total_steps, policy)
+        checks.checked([*ranks.problems(problems), *ranks.differences(facts)])
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.loss_fn, self.total_steps = loss_fn, total_steps
         self.history: list[Event] = []
-        groups, costs = trace(model, args, kwargs)
-        groups = rehearsed(model, [_protected(group, protect) for group in groups], args, kwargs)
-        self._network = Network(model, optimizers, tuple(followers), groups, costs)
-        if self.policy.cost == "milliseconds":
-            self._network.costs = milliseconds(model, groups, costs, Batch(args, kwargs))
-        self._batch_size = max(1, Batch(args, kwargs).size)
+        with ranks.rebuilding(), ranks.together("tracing the model"):
+            groups, costs = trace(model, args, kwargs)
+            groups = rehearsed(model, [_protected(group, protect) for group in groups], args, kwargs)
+            if self.policy.cost == "milliseconds":
+                costs = milliseconds(model, groups, costs, Batch(args, kwargs))
+        ranks.agree("channel groups", groups)
+        self._network = Network(model, optimizers, tuple(followers), groups, ranks.first(costs), ranks)
+        self._batch_size = max(1, int(ranks.total([Batch(args, kwargs).size])[0]))
         self._step = 0
         self._batches: list[Batch] = []
         self._event_step = self._first_event()
-        self._wake = self._next_wake()
+        self._wake = self._network.ranks.first(self._next_wake())
         self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
         self._last_call, self._step_seconds, self._first_loss = math.nan, math.inf, math.nan
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
@@ -104,10 +111,14 @@ class Apoptosis:
         self._step += 1
         if 1 < self._step < self._wake:
             return None
-        batch = Batch(inputs, kwinputs, targets)
-        checks.checked(checks.data_problems(tree_leaves((inputs, kwinputs))))
+        batch, ranks = Batch(inputs, kwinputs, targets), self._network.ranks
+        problems = [*checks.data_problems(tree_leaves((inputs, kwinputs)))]
+        if ranks.alone:  # else at the event, by all ranks together
+            checks.checked(problems)
         if self._step == 1:
-            self._first_loss = evaluate(self._network.model, [batch], self.loss_fn).loss
+            with ranks.together("measuring the first loss"):
+                own = evaluate(self._network.model, [] if problems else [batch], self.loss_fn)
+            self._first_loss = pooled(own, ranks).loss
         return self._gather(batch) if self._step >= self._wake else None
 
     def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
@@ -121,7 +132,8 @@ class Apoptosis:
         """
         checks.checked(checks.moment_problems(self._thread))
         batch = Batch(inputs, kwinputs, targets)
-        checks.checked([*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)])
+        problems = [*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)]
+        checks.checked(self._network.ranks.problems(problems))
         calibration, held_out = split(batch)
         return self._remove([calibration], [held_out], replace(self.policy, rebalance=False), budget)
 
@@ -160,7 +172,8 @@ class Apoptosis:
         widths, full = state.get("widths", {}), state.get("full_widths", {})
         if set(widths) != set(self._network.widths):
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
-        narrow_(self._network.model, state["shapes"], self._network.optimizers, self._network.followers)
+        with self._network.ranks.rebuilding():
+            narrow_(self._network.model, state["shapes"], self._network.optimizers, self._network.followers)
         self._network.groups = [replace(g, width=widths[g.name], full_width=full[g.name]) for g in self.groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
         self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
@@ -194,14 +207,14 @@ class Apoptosis:
         event = None
         if self._step >= self._event_step and len(self._batches) >= 3:
             batches, self._batches = self._batches, []
-            self._unpaid = not self._pays()
+            self._unpaid = not self._network.ranks.first(self._pays())
             if not self._unpaid:
                 event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
-            waits = 1 if event is None or event.changes else 2  # having found nothing, wait twice as long
+            waits = 1 if event is None or event.changes or event.rolled_back else 2  # found nothing: wait twice as long
             self._event_step = math.ceil(self._step * self.policy.gap**waits)
-            self._wake = self._next_wake()
+            self._wake = self._network.ranks.first(self._next_wake())
         self._last_call = time.perf_counter()
-        return event if event is not None and event.changes else None
+        return event if event is not None and (event.changes or event.rolled_back) else None
 
     def _pays(self) -> bool:
         """Is the event expected to save `payback` times its cost in the steps that remain?
@@ -228,19 +241,30 @@ class Apoptosis:
     def _remove(
         self, calibration: Sequence[Batch], held_out: Sequence[Batch], policy: Policy, budget: float | None
     ) -> Event:
-        event = remove_(
-            self._network,
-            calibration,
-            held_out,
-            self.loss_fn,
-            policy,
-            budget,
-            price=self._price() if budget is None else math.inf,
-            first_loss=self._first_loss,
-            step=self._step,
-        )
-        if math.isfinite(self._step_seconds):
-            event = replace(event, step_seconds=self._step_seconds)
+        ranks = self._network.ranks
+        try:
+            with ranks.rebuilding():
+                with ranks.together("checking the data"):
+                    leaves = tree_leaves([(batch.args, batch.kwargs) for batch in (*calibration, *held_out)])
+                    checks.checked([] if ranks.alone else checks.data_problems(leaves))
+                event = remove_(
+                    self._network,
+                    calibration,
+                    held_out,
+                    self.loss_fn,
+                    policy,
+                    budget,
+                    price=self._price() if budget is None else math.inf,
+                    first_loss=self._first_loss,
+                    step=self._step,
+                )
+        except AbandonedError as error:
+            warnings.warn(str(error), stacklevel=2)
+            self._looked = abandoned(self._network, self._step, str(error))
+            self.history.append(self._looked)
+            return self._looked
+        seconds = ranks.first(self._step_seconds)
+        event = replace(event, step_seconds=seconds if math.isfinite(seconds) else None)
         self._looked = event
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
@@ -274,6 +298,18 @@ class Apoptosis:
 
 _NEVER = 2**62
 _OVERHEAD = 5e-4  # seconds: a step with less work than this is mostly overhead, whatever the widths
+
+
+def _facts(
+    model: nn.Module, optimizers: Sequence[Any], total_steps: int | None, policy: str | Policy
+) -> dict[str, Any]:
+    """What must be alike on all ranks."""
+    parameters = dict(model.named_parameters())
+    return {
+        "total_steps": total_steps, "policy": policy, "optimizer": [type(item).__name__ for item in optimizers],
+        **{name: f"{p.dtype} {tuple(p.shape)} {p.requires_grad}" for name, p in parameters.items()},
+        "values of the parameters": fingerprint(parameters)[:8],
+    }  # fmt: skip
 
 
 def _several(optimizer: Any) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ convolution, entries of a flattened block); positions count as samples of the se
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .distributed import ALONE, Ranks
 from .errors import ArgumentError
 from .graph import preserved
 from .plan import ChannelGroup, Slot
@@ -141,6 +142,7 @@ class _Reading:
     output: Tensor
 
 
+_FEW_OUTPUTS = 16
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -186,7 +188,7 @@ class _Sums:
         self.mean, self.energy, self.curvature = zeros(group.width), zeros(group.width, group.width), zeros(())
         self.positions = 0
 
-    def add(self, reading: _Reading, gradient: Tensor, output_gradient: Tensor | None, terms: int) -> None:
+    def add(self, reading: _Reading, gradient: Tensor, output_gradient: Tensor | None, terms: float) -> None:
         a, u = (_matrix(x, reading).to(self.second.dtype) for x in (reading.source, gradient))
         self.second.addmm_(a.mT, a)
         self.metric.addmm_(u.mT, u, alpha=terms)
@@ -195,24 +197,68 @@ class _Sums:
         if output_gradient is not None:
             self.curvature += terms * output_gradient.square().sum() / reading.weight.shape[0]
 
-    def moments(self, batches: int, damping: float, constant: bool) -> Moments:
-        metric = self.metric / batches + damping * self.curvature / batches * self.energy
+    def moments(self, scale: float, damping: float, constant: bool) -> Moments:
+        metric = scale * (self.metric + damping * self.curvature * self.energy)
         mean = (self.mean / self.positions).double() if constant else None
         return Moments(
             (self.second / self.positions).double(), mean, metric.double(), self.energy.double(), self.positions
         )
 
 
+@dataclass
+class _Totals:
+    """Sums over the batches of one rank: moments of every group, inputs, curvature and Fisher trace of the loss."""
+
+    groups: dict[str, _Sums]
+    samples: float = 0.0
+    curvature: float = 0.0
+    fisher: float = 0.0
+
+    def pooled_(self, ranks: Ranks) -> None:
+        for name in self.groups:
+            sums = self.groups[name]
+            ranks.total_([sums.second, sums.metric, sums.mean, sums.curvature])
+        numbers = [self.samples, self.curvature, self.fisher, *(sums.positions for sums in self.groups.values())]
+        self.samples, self.curvature, self.fisher, *positions = ranks.total(numbers)
+        for sums, total in zip(self.groups.values(), positions, strict=True):
+            sums.positions = int(total)
+
+    @property
+    def scale(self) -> float:
+        """What the mean squared gradients lack, in all, to the curvature of the loss."""
+        matched = self.curvature / self.fisher if self.curvature > 0 and self.fisher > 0 else 1.0
+        return matched / max(1.0, self.samples)
+
+
 def measure(
-    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float
-) -> dict[str, Moments]:
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float,
+    ranks: Ranks = ALONE,
+) -> dict[str, Moments]:  # fmt: skip
     """Moments of every group that is read, from one forward and one backward pass to the activations a batch.
 
+    With a loss, gradients are weighted (empirical Fisher) such that their trace at the output is that of the loss's
+    Hessian: the two differ once examples are fitted, as the gradients vanish before the curvature does.
     `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
     Without `loss_fn` the "loss" is the relative mean squared change of the model's output.
     """
-    sums: dict[str, _Sums] = {}
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)  # a resumed run draws the same
+    with ranks.together("measuring the activations"):
+        totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank)
+    totals.pooled_(ranks)
+    return {
+        group.name: totals.groups[group.name].moments(
+            totals.scale, damping, constant=all(consumer.bias for consumer in group.consumers)
+        )
+        for group in groups
+        if group.name in totals.groups and totals.groups[group.name].positions
+    }  # those left out are read in training mode only, by an auxiliary head
+
+
+def _totals(
+    model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float,
+    seed: int,
+) -> _Totals:  # fmt: skip
+    totals = _Totals({})
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)  # a resumed run draws the same
     with calibrating(model), torch.enable_grad():
         weights: dict[int, tuple[str, Slot, Tensor]] = {}
         for group in groups:
@@ -220,24 +266,21 @@ def measure(
                 weight = weight_of(model, consumer.weight.tensor)
                 weights[id(weight)] = (group.name, consumer.weight, weight)
                 columns = weight.detach().movedim(consumer.weight.dim, 0).unflatten(0, (group.width, -1)).flatten(1)
-                total = sums.setdefault(group.name, _Sums(group, weight))
+                total = totals.groups.setdefault(group.name, _Sums(group, weight))
                 total.energy += (columns @ columns.mT).to(total.energy.dtype)
         for batch in batches:
             with _Reader(weights) as reader:
                 output = model(*batch.args, **batch.kwargs)
-            sent = _output_gradients(output, batch, loss_fn, generator)
-            _accumulate(sums, reader.readings, *sent, damped=damping > 0)
-    return {
-        group.name: sums[group.name].moments(
-            len(batches), damping, constant=all(consumer.bias for consumer in group.consumers)
-        )
-        for group in groups
-        if sums[group.name].positions  # else read in training mode only, by an auxiliary head
-    }
+            leaves, gradients, terms, curvature = _output_gradients(output, batch, loss_fn, generator)
+            totals.samples += batch.size
+            totals.curvature += batch.size * curvature
+            totals.fisher += batch.size * terms * sum(g.square().sum().item() for g in gradients)
+            _accumulate(totals.groups, reader.readings, leaves, gradients, batch.size * terms, damped=damping > 0)
+    return totals
 
 
 def _accumulate(
-    sums: dict[str, _Sums], readings: list[_Reading], leaves: list[Tensor], gradients: list[Tensor], terms: int,
+    sums: dict[str, _Sums], readings: list[_Reading], leaves: list[Tensor], gradients: list[Tensor], terms: float,
     *, damped: bool,
 ) -> None:  # fmt: skip
     sources = {id(reading.source): reading.source for reading in readings}
@@ -258,34 +301,40 @@ def _accumulate(
 
 def _output_gradients(
     output: Any, batch: Batch, loss_fn: LossFn | None, generator: torch.Generator
-) -> tuple[list[Tensor], list[Tensor], int]:
-    """Output tensors, the vectors to send back from them, and the number of terms that the loss averages.
+) -> tuple[list[Tensor], list[Tensor], int, float]:
+    """Output tensors, the vectors to send back from them, the number of terms that the loss averages, its curvature.
 
-    With a loss: its gradient (empirical Fisher), scaled so that its trace is that of the loss's Hessian at the output
-    (the two differ once examples are fitted: the gradients vanish before the curvature does). Without: Gaussian probes.
+    With a loss: its gradient, and the trace of its Hessian at the output. Without: Gaussian probes, and 0 (unknown).
     """
     leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.requires_grad]
     if loss_fn is None:
         scale = math.sqrt(sum(leaf.detach().double().square().sum().item() for leaf in leaves) / 2) or 1.0
         probes = [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) for x in leaves]
-        return leaves, [probe / scale for probe in probes], 1
+        return leaves, [probe / scale for probe in probes], 1, 0.0
     fresh = {id(leaf): leaf.detach().requires_grad_() for leaf in leaves}
     loss = loss_fn(tree_map(lambda leaf: fresh.get(id(leaf), leaf), output), batch.targets)
     found = torch.autograd.grad(loss, list(fresh.values()), create_graph=True, allow_unused=True)
     used = [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None]
-    terms = _loss_terms(batch)
-    curvature = 0.0
-    if smooth := [(leaf, g) for leaf, g in used if g.requires_grad]:
-        signs = [torch.randint(2, g.shape, generator=generator, device=g.device).to(g) * 2 - 1 for _, g in smooth]
-        inner = [fresh[id(leaf)] for leaf, _ in smooth]
+    curvature = sum(_trace(g, fresh[id(leaf)], generator) for leaf, g in used if g.requires_grad)
+    return [leaf for leaf, _ in used], [g.detach() for _, g in used], _loss_terms(batch), curvature
+
+
+def _trace(gradient: Tensor, at: Tensor, generator: torch.Generator) -> float:
+    """Trace of the Hessian: exact for few outputs an input (which the loss treats one by one), else by random signs."""
+    entries = gradient[0].numel() if gradient.ndim else 1
+    if entries <= _FEW_OUTPUTS:
+        basis = torch.eye(entries, dtype=gradient.dtype, device=gradient.device)
+        probes = [row.view(gradient.shape[1:]).expand_as(gradient) for row in basis]
+    else:
+        probes = [torch.randint(2, gradient.shape, generator=generator, device=gradient.device).to(gradient) * 2 - 1]
+    trace = 0.0
+    for probe in probes:
         try:
-            second = torch.autograd.grad([g for _, g in smooth], inner, signs, allow_unused=True)
+            product = torch.autograd.grad(gradient, at, probe, retain_graph=True, allow_unused=True)[0]
         except RuntimeError:  # a loss whose second derivative torch doesn't know (CTC)
-            second = [None] * len(smooth)
-        curvature = sum((s * h).sum().item() for s, h in zip(signs, second, strict=True) if h is not None)
-    fisher = terms * sum(g.detach().square().sum().item() for _, g in used)
-    scale = math.sqrt(curvature / fisher) if curvature > 0 and fisher > 0 else 1.0
-    return [leaf for leaf, _ in used], [g.detach() * scale for _, g in used], terms
+            return 0.0
+        trace += 0.0 if product is None else (probe * product).sum().item()
+    return trace
 
 
 def _loss_terms(batch: Batch) -> int:
@@ -311,6 +360,17 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None)
     return Evaluation(sum(samples), loss, tuple(losses), known, tuple(outputs))
 
 
+def pooled(own: Evaluation, ranks: Ranks) -> Evaluation:
+    """The evaluation on the batches of all ranks; `outputs` stay this rank's."""
+    if ranks.alone:
+        return own
+    found = ranks.gather(replace(own, outputs=()))
+    samples, known = sum(part.samples for part in found), [p.predictions for p in found if p.predictions is not None]
+    loss = sum(part.loss * part.samples for part in found) / samples if samples else math.nan
+    losses = tuple(loss for part in found for loss in part.losses)
+    return Evaluation(samples, loss, losses, torch.cat(known) if len(known) == len(found) else None, own.outputs)
+
+
 def _mean_loss(loss: Any) -> float:
     if isinstance(loss, int | float) or (torch.is_tensor(loss) and loss.numel() == 1):
         return float(loss)
@@ -331,7 +391,8 @@ def _classes(output: Tensor, targets: Any) -> Tensor | None:
     return None
 
 
-def output_change(before: Evaluation, after: Evaluation) -> float:
-    """Relative mean squared change of the model's outputs."""
+def output_change(before: Evaluation, after: Evaluation, ranks: Ranks = ALONE) -> float:
+    """Relative mean squared change of the model's outputs, over all ranks."""
     change = sum((a - b).double().square().sum().item() for a, b in zip(after.outputs, before.outputs, strict=True))
-    return change / (sum(b.double().square().sum().item() for b in before.outputs) or 1.0)
+    change, size = ranks.total([change, sum(b.double().square().sum().item() for b in before.outputs)])
+    return change / (size or 1.0)

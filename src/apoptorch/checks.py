@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .calibrate import calibrating
+from .distributed import is_sharded
 from .errors import ArgumentError, SurgeryError
 from .surgery import Surgery
 
@@ -18,14 +19,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself, without torch.compile around it.
 
     Raises:
-        ArgumentError: the model is wrapped for distributed training, which this version doesn't follow.
+        ArgumentError: the model is wrapped for distributed training in a way that is not followed here.
     """
     model = getattr(model, "_orig_mod", model)
     wrapper = type(model).__name__
     if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or wrapper.startswith("FSDP"):
         raise ArgumentError([
-            f"`model` must not be wrapped for distributed training, got {wrapper}: its buckets and shards are not "
-            "narrowed yet. Train on one process, or use apoptorch.shrink on the trained model."
+            f"`model` must not be wrapped by {wrapper} here: Apoptosis follows DistributedDataParallel only, "
+            "shrink takes the module inside. Pass model.module, or train with DistributedDataParallel."
         ])  # fmt: skip
     return model
 
@@ -52,6 +53,8 @@ def model_problems(model: Any) -> Iterator[str]:
         where = f"({name}, shape {tuple(parameter.shape)})"
         if parameter.device != home:
             yield f"`model` must be on one device, got {parameter.device} besides {home} {where}. Use model.to()."
+        elif is_sharded(parameter):
+            yield f"`model` must not be sharded (fully_shard, tensor parallel), got a DTensor {where}. Train with DDP."
         elif not parameter.is_floating_point():
             yield f"`model` must have floating-point parameters, got {parameter.dtype} {where}. Make it a buffer."
         elif parameter.device.type == "meta":
@@ -64,6 +67,11 @@ def optimizer_problems(model: nn.Module, optimizers: Sequence[Any], followers: S
         if not isinstance(optimizer, Optimizer):
             yield f"`optimizer` must be one Optimizer or several, got {type(optimizer).__name__} (number {i})."
             continue
+        if hasattr(optimizer, "consolidate_state_dict"):
+            yield (
+                f"`optimizer` must not shard its state over ranks, got {type(optimizer).__name__} (number {i}). "
+                "Use the optimizer that it wraps."
+            )
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(id(p) in known for p in owned):
             yield (

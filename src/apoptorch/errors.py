@@ -25,3 +25,11 @@ class SurgeryError(ApoptosisError, RuntimeError):
 
 class CheckpointError(ApoptosisError, ValueError):
     """A checkpoint doesn't fit the model, or its manifest is not to be trusted."""
+
+
+class RanksError(ApoptosisError, RuntimeError):
+    """A rank of the process group was lost. What was not finished was undone; resume from the last checkpoint."""
+
+
+class AbandonedError(ApoptosisError):
+    """An event was given up on all ranks together; nothing was changed. `Apoptosis` turns it into a history entry."""

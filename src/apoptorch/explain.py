@@ -49,6 +49,8 @@ def _obstacle(group: ChannelGroup, undone: Sequence[Event], outlook: Outlook) ->
         return (
             f"nothing was redundant that may go, as no group gets narrower than {outlook.floor}; try Policy(floor=...)"
         )
+    if outlook.looked is not None and outlook.looked.rolled_back and not outlook.looked.changes:
+        return f"the look at step {outlook.looked.step} was {outlook.looked.reason}"
     if outlook.looked is not None:
         return "nothing was redundant at this price; policy='aggressive' pays more, apoptose(..., budget=...) pays that"
     longer = "try a longer run, Policy(payback=0), or apoptorch.shrink after training"

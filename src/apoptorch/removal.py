@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .bounds import clopper_pearson_upper
 from .budget import flops, spend
-from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, merged, output_change
+from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, merged, output_change, pooled
+from .distributed import ALONE, Ranks
 from .errors import ArgumentError
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
@@ -31,6 +32,7 @@ class Network:
     followers: tuple[nn.Module, ...]
     groups: list[ChannelGroup]
     costs: list[CostTerm]
+    ranks: Ranks = ALONE
 
     @property
     def widths(self) -> dict[str, int]:
@@ -74,27 +76,34 @@ def remove_(
     Raises:
         ArgumentError: the calibration data is empty, or the model's loss on it isn't finite.
         SurgeryError: the removal failed half-way; everything was put back.
+        AbandonedError: it failed on some ranks; everything was put back on all.
+        RanksError: a rank was lost; everything was put back.
     """
-    start = time.perf_counter()
-    calibration, held_out = merged(calibration), merged(held_out)
-    before = evaluate(network.model, held_out, loss_fn)
-    _check_calibration(calibration, before, loss_fn)
+    start, ranks = time.perf_counter(), network.ranks
+    with ranks.together("measuring the loss"):
+        calibration, held_out = merged(calibration), merged(held_out)
+        before = evaluate(network.model, held_out, loss_fn)
+        _check_calibration(calibration, before, loss_fn)
+    before = pooled(before, ranks)
     level, learned = (abs(before.loss), first_loss - before.loss) if loss_fn else (1.0, 1.0)
     level = max(level, learned / 4) if learned > 0 else level  # a loss near 0 is no measure of harm
     if budget is None:
         budget, price = policy.tolerance * level, price * (learned if learned > 0.1 * level else 0.1 * level)
     groups = network.prunable(policy.floor)
-    moments = measure(network.model, groups, calibration, loss_fn, policy.damping)
+    moments = measure(network.model, groups, calibration, loss_fn, policy.damping, ranks)
     groups = [group for group in groups if group.name in moments]
     plans, errors = plan(network, groups, moments, policy, budget, price)
     draft = _draft(network, step, budget, plans, errors)
     if not plans:
-        return replace(draft, seconds=time.perf_counter() - start, reason="nothing is redundant at this price")
+        return replace(draft, seconds=ranks.longest(start), reason="nothing is redundant at this price")
+    ranks.agree("fold plans", plans)
     with Surgery(network.model, network.optimizers, network.followers) as surgery:
         by_name = {group.name: group for group in groups}
-        shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
-        after = evaluate(network.model, held_out, loss_fn)
-        increase, spread = _increase(before, after, loss_fn)
+        with ranks.together("removing neurons"):
+            shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
+            after = evaluate(network.model, held_out, loss_fn)
+        after = pooled(after, ranks)
+        increase, spread = _increase(before, after, loss_fn, ranks)
         certificate = certify(before, after, policy.confidence, increase)
         reason = judge(increase, spread, certificate, policy, draft.predicted or 0.0, level)
         if reason is not None:
@@ -104,7 +113,7 @@ def remove_(
         event = replace(
             draft, widths_after=changed.widths, parameters_after=changed.parameters, flops_after=changed.flops(),
             measured=increase, certificate=certificate, rolled_back=reason is not None, reason=reason,
-            seconds=time.perf_counter() - start,
+            seconds=ranks.longest(start),
         )  # fmt: skip
     network.groups = changed.groups
     return event
@@ -123,33 +132,37 @@ def plan(
     stop = min(price / 100, budget / 20)  # finer differences would not change what is bought
     steepest = policy.steepest if math.isfinite(price) else math.inf
     floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
-    selections: dict[str, Selection] = {}
-    curves: dict[str, Float64[Tensor, " n+1"]] = {}
-    for group in groups:
-        m = moments[group.name]
-        selections[group.name] = select(
-            m.second, m.mean, m.metric, stop=stop, floor=floors[group.name], multiple=policy.multiple
-        )
-        curve = selections[group.name].curve(group.width, floors[group.name])
-        curves[group.name] = curve * overfit(group.width, m.samples)
+    ranks, device = network.ranks, next(network.model.parameters()).device
+
+    def search(name: str) -> Selection:
+        m = moments[name]
+        return select(m.second, m.mean, m.metric, stop=stop, floor=floors[name], multiple=policy.multiple)
+
+    def refit(name: str) -> tuple[Int64[Tensor, " k"], Fold, float]:
+        m, keep = moments[name], selections[name].order[: widths[name]].sort().values
+        regression = fold(m.second, m.mean, keep)
+        rest = unexplained(m.second, m.mean, keep, regression)
+        return keep, regression, float((m.energy * rest).sum() / (m.energy * m.second).sum())
+
+    selections = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
+    curves = {
+        g.name: selections[g.name].curve(g.width, floors[g.name]) * overfit(g.width, moments[g.name].samples)
+        for g in groups
+    }
     widths = spend(
         curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=floors,
         least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
     )  # fmt: skip
-    plans, errors = [], {}
-    for group in groups:
-        if widths[group.name] < group.width:
-            m, name = moments[group.name], group.name
-            keep = selections[name].order[: widths[name]].sort().values
-            regression = fold(m.second, m.mean, keep)
-            rest = unexplained(m.second, m.mean, keep, regression)
-            errors[name] = float((m.energy * rest).sum() / (m.energy * m.second).sum())
-            scaled = pacemakers(network, group) if policy.rebalance else ()
-            scale = regression.coeffs.square().sum(0).sqrt() if scaled else None
-            if scale is not None:
-                regression = Fold(regression.coeffs / scale, regression.shift)
-            folds = (regression,) * len(group.consumers)
-            plans.append(FoldPlan(name, keep, folds, scale, scaled, float(curves[name][widths[name]])))
+    narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
+    refits, plans, errors = ranks.shared(narrowed, refit, "folding", device), [], {}
+    for group in (g for g in groups if g.name in refits):
+        keep, regression, errors[group.name] = refits[group.name]
+        scaled = pacemakers(network, group) if policy.rebalance else ()
+        scale = regression.coeffs.square().sum(0).sqrt() if scaled else None
+        if scale is not None:
+            regression = Fold(regression.coeffs / scale, regression.shift)
+        folds, predicted = (regression,) * len(group.consumers), float(curves[group.name][widths[group.name]])
+        plans.append(FoldPlan(group.name, keep, folds, scale, scaled, predicted))
     return plans, errors
 
 
@@ -201,10 +214,10 @@ def judge(
     return None
 
 
-def _increase(before: Evaluation, after: Evaluation, loss_fn: LossFn | None) -> tuple[float, float]:
+def _increase(before: Evaluation, after: Evaluation, loss_fn: LossFn | None, ranks: Ranks) -> tuple[float, float]:
     """The loss increase on held-out data and its standard error."""
     if loss_fn is None:
-        return output_change(before, after), 0.0
+        return output_change(before, after, ranks), 0.0
     pairs = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
     return after.loss - before.loss, statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
 
@@ -219,7 +232,9 @@ def certify(before: Evaluation, after: Evaluation, confidence: float, increase: 
     return Certificate(before.samples, *loss, changed, upper, confidence)
 
 
-def _draft(network: Network, step: int, budget: float, plans: Sequence[FoldPlan], errors: dict[str, float]) -> Event:
+def _draft(
+    network: Network, step: int, budget: float | None, plans: Sequence[FoldPlan], errors: dict[str, float]
+) -> Event:
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(
         GroupChange(item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors.get(item.group))
@@ -229,6 +244,11 @@ def _draft(network: Network, step: int, budget: float, plans: Sequence[FoldPlan]
         step, changes, widths, widths, size, size, cost, cost, 0.0, budget,
         math.fsum(item.predicted for item in plans) if plans else None, None, None, None,
     )  # fmt: skip
+
+
+def abandoned(network: Network, step: int, reason: str) -> Event:
+    """The event of a removal that failed on some ranks: it says why, and that nothing was changed."""
+    return replace(_draft(network, step, None, (), {}), rolled_back=True, reason=reason)
 
 
 def _check_calibration(calibration: Sequence[Batch], before: Evaluation, loss_fn: LossFn | None) -> None:
