@@ -14,6 +14,8 @@ from benchmarks.zoo.families import FAMILIES
 
 # Share of the parameters in prunable groups that the rules must reach, at least.
 COVERED = {
+    "mlp": 0.99,
+    "lenet": 0.99,
     "plain-cnn": 0.99, "residual-cnn": 0.99, "concatenation": 0.0, "inverted-residual": 0.99,
     "grouped-convolution": 0.2, "unet": 0.1, "vision-transformer": 0.4, "hand-written-attention": 0.2, "gpt": 0.0,
     "llama": 0.4, "lstm": 0.0, "gru": 0.0, "experts": 0.0, "graph-network": 0.0,

@@ -31,6 +31,29 @@ def conv_norm(fan_in: int, fan_out: int, kernel: int = 3, **options: int) -> nn.
 
 
 @family
+def mlp(batch: int) -> Example:
+    layers = [nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 24), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(24, 5)), (torch.randn(batch, 12),)
+
+
+class LeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 16, 3)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(16 * 9, 40), nn.Linear(40, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(torch.tanh(self.conv1(x)), 2)
+        x = F.max_pool2d(torch.tanh(self.conv2(x)), 2).flatten(1)
+        return self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(x)))))
+
+
+@family
+def lenet(batch: int) -> Example:
+    return LeNet(), images(batch, 18)
+
+
+@family
 def plain_cnn(batch: int) -> Example:
     model = nn.Sequential(
         conv_norm(3, 16), nn.ReLU(), nn.MaxPool2d(2), conv_norm(16, 24), nn.LeakyReLU(0.1), nn.Flatten(),
