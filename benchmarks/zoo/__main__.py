@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from .contenders import CONTENDERS
+from .page import page
 from .registry import ZOO, import_sources
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
+PAGE = ROOT / "docs" / "coverage.md"
 MEASURED = ["src", "benchmarks/zoo", "tests/planted.py"]
 SECONDS = {"apoptorch": 600, "torch-pruning": 60}  # wall
 MEMORY = 12 << 30
@@ -100,6 +102,7 @@ def main() -> None:
                 file.write(json.dumps(run) + "\n")
             keys = ("error", "prunable", "planted_problems", "halved_problems", "trace_s", "wall_s")
             print(name, contender, {key: run[key] for key in keys if run.get(key)}, flush=True)
+    PAGE.write_text(page(records()))
 
 
 def _git(*arguments: str) -> str:

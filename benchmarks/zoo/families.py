@@ -297,7 +297,7 @@ class LlamaBlock(nn.Module):
 
 
 @family
-def llama(batch: int) -> Example:
+def llama_like(batch: int) -> Example:
     """RMS norm, rotary embedding, grouped-query attention, SwiGLU."""
     blocks = [LlamaBlock(32, 4, 2, 40) for _ in range(2)]
     return nn.Sequential(nn.Embedding(40, 32), *blocks, RMSNorm(32), nn.Linear(32, 40, bias=False)), tokens(batch)
