@@ -101,7 +101,7 @@ def planted(
     apoptosis = Apoptosis(model, example_inputs=kwargs or tuple(args), policy=POLICY)
     groups = [group for group in apoptosis.groups if group.prunable and group.width > 1]
     generator = torch.Generator().manual_seed(seed)
-    classes = {group.name: _draw(group.width, most, generator) for group in groups}
+    classes = {group.name: _draw(group, most, generator) for group in groups}
     for group in groups:
         plant_(model, group, classes[group.name])
     if parallel:
@@ -121,21 +121,36 @@ def planted(
     return Outcome({name: len(c.distinct) for name, c in classes.items()}, left, output, step, event), apoptosis
 
 
-def entries(slot: Slot, channels: Sequence[int]) -> Tensor:
-    """Where these channels lie along `slot.dim`: [channels, entries of each]."""
-    return torch.tensor(channels, dtype=torch.int64)[:, None] * slot.inner + torch.arange(slot.inner)
+def opened(tensor: Tensor, slot: Slot) -> Tensor:
+    """A copy of the tensor with all positions of the slot along dimension 0."""
+    whole = slot.opened(tensor) if hasattr(slot, "opened") else tensor
+    return whole.movedim(slot.dim, 0).clone()
 
 
+def write_(tensor: Tensor, slot: Slot, rows: Tensor) -> None:
+    """Puts back what `opened` gave."""
+    whole = rows.movedim(0, slot.dim)
+    tensor.copy_(slot.closed(whole) if hasattr(slot, "closed") else whole)
+
+
+def entries(slot: Slot, group: ChannelGroup, channels: Sequence[int] | None = None) -> Tensor:
+    """Where these channels (None: all) lie along `slot.dim`, one channel after the other."""
+    index = slot.index(group.width) if hasattr(slot, "index") else torch.arange(group.width * slot.inner)
+    index = index.view(group.width, -1)
+    return (index if channels is None else index[torch.tensor(channels, dtype=torch.int64)]).flatten()
+
+
+@torch.no_grad()
 def plant_(model: nn.Module, group: ChannelGroup, classes: Classes) -> None:
     """Makes the channels of each class equal: in what makes them, and in what they pass through."""
     tensors = named_tensors(model)
-    with torch.no_grad():
-        for slot in _makers(group):
-            tensor = tensors[slot.tensor].movedim(slot.dim, 0)
-            sources = [classes.source[i] for i in classes.copies]
-            tensor[entries(slot, classes.copies).flatten()] = tensor[entries(slot, sources).flatten()]
+    for slot in makers(group):
+        rows = opened(tensors[slot.tensor], slot)
+        rows[entries(slot, group)] = rows[entries(slot, group, classes.source)]
+        write_(tensors[slot.tensor], slot, rows)
 
 
+@torch.no_grad()
 def scale_(model: nn.Module, group: ChannelGroup, classes: Classes, generator: torch.Generator) -> None:
     """Scales every copy by a positive number, where the group's neurons and parameters allow that exactly."""
     slots = group.passthrough or group.producers
@@ -145,27 +160,33 @@ def scale_(model: nn.Module, group: ChannelGroup, classes: Classes, generator: t
     if not isinstance(owner, kinds) or not neuron(group.neuron).homogeneous:
         return
     tensors = named_tensors(model)
-    scale = 0.5 + 1.5 * torch.rand(len(classes.copies), generator=generator)
-    with torch.no_grad():
-        for slot in slots:
-            if isinstance(tensor := tensors[slot.tensor], nn.Parameter):
-                rows = tensor.movedim(slot.dim, -1)
-                rows[..., entries(slot, classes.copies).flatten()] *= scale.repeat_interleave(slot.inner).to(tensor)
+    scale = 0.5 + 1.5 * torch.rand(group.width, generator=generator)
+    scale[classes.distinct] = 1.0
+    for slot in slots:
+        if isinstance(tensor := tensors[slot.tensor], nn.Parameter):
+            rows = opened(tensor, slot).movedim(0, -1)
+            index = entries(slot, group)
+            rows[..., index] *= scale.repeat_interleave(len(index) // group.width).to(tensor)
+            write_(tensor, slot, rows.movedim(-1, 0))
 
 
+@torch.no_grad()
 def tie_gradients_(model: nn.Module, groups: Sequence[ChannelGroup], classes: dict[str, Classes]) -> None:
     """The gradients with which the full model takes the small one's step (see the top of this file)."""
     tensors = named_tensors(model)
     for group in groups:
-        source, copies = classes[group.name].source, classes[group.name].copies
-        for slot in _makers(group):
+        of = classes[group.name]
+        for slot in makers(group):
             if (gradient := tensors[slot.tensor].grad) is not None:
-                rows, here = gradient.movedim(slot.dim, 0), entries(slot, range(group.width))
-                sums = torch.zeros_like(rows).index_add_(0, entries(slot, source).flatten(), rows[here.flatten()])
-                rows[here.flatten()] = sums[entries(slot, source).flatten()]
-        for consumer in group.consumers:
-            if (gradient := tensors[consumer.weight.tensor].grad) is not None:
-                gradient.movedim(consumer.weight.dim, 0)[entries(consumer.weight, copies).flatten()] = 0.0
+                rows, index, source = opened(gradient, slot), entries(slot, group), entries(slot, group, of.source)
+                sums = torch.zeros_like(rows).index_add_(0, source, rows[index])
+                rows[index] = sums[source]
+                write_(gradient, slot, rows)
+        for slot in (consumer.weight for consumer in group.consumers):
+            if (gradient := tensors[slot.tensor].grad) is not None:
+                rows = opened(gradient, slot)
+                rows[entries(slot, group, of.copies)] = 0.0
+                write_(gradient, slot, rows)
 
 
 def descend_(
@@ -205,21 +226,25 @@ def outputs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Te
     return torch.cat([x.flatten().double() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()])
 
 
-def _draw(width: int, most: int, generator: torch.Generator) -> Classes:
-    """Random classes; the distinct channels lie anywhere."""
-    order = torch.randperm(width, generator=generator).tolist()
-    distinct = min(math.ceil(width / 2), most)
-    source = list(range(width))
-    for place, channel in enumerate(order):
-        source[channel] = order[place % distinct]
+def _draw(group: ChannelGroup, most: int, generator: torch.Generator) -> Classes:
+    """Random classes, the same number in every block; the distinct channels lie anywhere in it."""
+    blocks = getattr(group, "blocks", 1)
+    width = group.width // blocks
+    distinct = min(math.ceil(width / 2), max(1, most // blocks))
+    source = []
+    for block in range(blocks):
+        order = torch.randperm(width, generator=generator).tolist()
+        place = {channel: i for i, channel in enumerate(order)}
+        source += [block * width + order[place[channel] % distinct] for channel in range(width)]
     return Classes(source)
 
 
-def _makers(group: ChannelGroup) -> list[Slot]:
+def makers(group: ChannelGroup) -> list[Slot]:
+    """All that a channel is made of and passes through."""
     return [*group.producers, *group.passthrough]
 
 
 def _computed(model: nn.Module, groups: Sequence[ChannelGroup]) -> bool:
     """Are weights computed from parameters (weight_norm), so that gradients don't lie where channels do?"""
-    names = [slot.tensor for group in groups for slot in (*_makers(group), *(c.weight for c in group.consumers))]
+    names = [slot.tensor for group in groups for slot in (*makers(group), *(c.weight for c in group.consumers))]
     return any("parametrizations" in name or name not in named_tensors(model) for name in names)

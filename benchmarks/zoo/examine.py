@@ -2,8 +2,10 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from apoptorch import Apoptosis, Policy, load, save
 from apoptorch.graph import trace
 from apoptorch.graph.capture import capture
 from apoptorch.plan import ChannelGroup, Slot
+from apoptorch.rehearsal import rehearsed
 from apoptorch.surgery import named_tensors
-from tests.planted import entries, loss, outputs
+from tests.planted import entries, loss, makers, opened, outputs, write_
 
 HALVING = Policy(price=1e30, steepest=2.0, tolerance=1e30, guard=1e30, multiple=1, floor=1, rebalance=False)
 
@@ -21,35 +24,54 @@ HALVING = Policy(price=1e30, steepest=2.0, tolerance=1e30, guard=1e30, multiple=
 def traced(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """CPU seconds of a trace, nodes of the graph, and the shares of the parameters in its groups."""
     capture(nn.Linear(2, 2), (torch.ones(1, 2),), {})  # torch imports what it needs
-    start = time.process_time()
-    groups, _ = trace(model, tuple(args), kwargs)
-    seconds = time.process_time() - start
-    nodes = len(capture(model, tuple(args), kwargs).graph.nodes)
+    args = tuple(args)
+    with _counted() as nodes:
+        start = time.process_time()
+        groups, _ = trace(model, args, kwargs)
+        seconds = time.process_time() - start
+    groups = rehearsed(model, groups, args, kwargs)
     prunable = [group for group in groups if group.prunable]
     open_, all_ = coverage(model, prunable), coverage(model, groups)
-    reasons = {group.reason or "": coverage(model, [*prunable, group]) - open_ for group in groups if group.reason}
+    reasons: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        if group.reason:
+            reasons.setdefault(group.reason, []).append(group)
+    shares = {reason: coverage(model, [*prunable, *pinned]) - open_ for reason, pinned in reasons.items()}
     return {
-        "trace_s": seconds, "nodes": nodes, "parameters": sum(p.numel() for p in model.parameters()),
+        "trace_s": seconds, "nodes": nodes[0], "parameters": sum(p.numel() for p in model.parameters()),
         "groups": len(groups), "prunable_groups": len(prunable), "prunable": open_, "pinned": all_ - open_,
-        "reasons": sorted(reasons.items(), key=lambda item: -item[1])[:5],
+        "reasons": sorted(shares.items(), key=lambda item: -item[1])[:5],
     }  # fmt: skip
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """How many nodes the graphs have that torch.export gives."""
+    export, nodes = torch.export.export, list[int]()
+
+    def counting(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+        program = export(*args, **kwargs)
+        nodes.append(len(program.graph.nodes))
+        return program
+
+    with patch("torch.export.export", counting):
+        yield nodes
 
 
 def coverage(model: nn.Module, groups: Sequence[ChannelGroup]) -> float:
     """Share of the model's parameters that lie in a channel of one of these groups."""
     tensors = named_tensors(model)
-    taken: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
     for group in groups:
-        slots = [*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers)]
-        for slot in slots:
+        for slot in (*makers(group), *(consumer.weight for consumer in group.consumers)):
             for name in _written(tensors, slot):
-                mask = taken.setdefault(name, torch.zeros(tensors[name].shape, dtype=torch.bool))
+                mask = masks.setdefault(name, torch.zeros(tensors[name].shape, dtype=torch.bool))
+                rows = opened(mask, slot) if name == slot.tensor else mask
+                rows[entries(slot, group) if name == slot.tensor else ...] = True
                 if name == slot.tensor:
-                    mask.movedim(slot.dim, 0)[entries(slot, range(group.width)).flatten()] = True
-                else:
-                    mask[:] = True
+                    write_(mask, slot, rows)
     named = dict(model.named_parameters())
-    return sum(int(mask.sum()) for name, mask in taken.items() if name in named) / sum(
+    return sum(int(mask.sum()) for name, mask in masks.items() if name in named) / sum(
         p.numel() for p in named.values()
     )
 
