@@ -1,8 +1,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+ZOO := .venv/.zoo
 
-.PHONY: demo test bench-core
+.PHONY: demo test bench-core bench-learning zoo
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -17,6 +18,17 @@ test: $(READY)
 bench-core: $(READY)
 	$(BIN)/python -m benchmarks.core
 	$(BIN)/python -m benchmarks.tables
+
+bench-learning: $(READY)
+	$(BIN)/python -m benchmarks.learning
+
+zoo: $(ZOO)
+	$(BIN)/python -m benchmarks.zoo
+
+$(ZOO): $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[zoo]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchvision timm
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

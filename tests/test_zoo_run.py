@@ -1,0 +1,104 @@
+"""The zoo's runner: what never returns, fails or dies costs only itself; and what the page makes of it."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from benchmarks.learning import Decoder, resnet20
+from benchmarks.learning import page as learning_page
+from benchmarks.zoo import __main__ as zoo
+from benchmarks.zoo.page import page, verdict
+
+
+def returns(entry):
+    yield {"trace_s": 0.5}
+
+
+def hangs(entry):
+    yield {"trace_s": 0.5}
+    time.sleep(60)
+
+
+def raises(entry):
+    yield {"trace_s": 0.5}
+    raise ValueError("no\nsuch   op")
+
+
+def dies(entry):
+    yield {"trace_s": 0.5}
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("contender", "error"),
+    [
+        (returns, None),
+        (hangs, "did not return within 0.5 s"),
+        (raises, "ValueError: no such op"),
+        (dies, "the process died (exit code 3)"),
+    ],
+)
+def test_each_stage_s_findings_are_kept_whatever_comes_after(contender, error, monkeypatch):
+    monkeypatch.setitem(zoo.CONTENDERS, "one", contender)
+    monkeypatch.setitem(zoo.SECONDS, "one", 0.5 if contender is hangs else 60)
+    start = time.monotonic()
+    found = zoo.examine("mlp", "one")
+    assert found["trace_s"] == 0.5
+    assert found.get("error") == error
+    assert time.monotonic() - start < 30
+
+
+GOOD = {"planted_groups": 2, "planted_problems": [], "halved_problems": []}
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (None, "not measured"),
+        (GOOD, "ok"),
+        ({**GOOD, "planted_groups": 0}, "nothing prunable"),
+        ({**GOOD, "planted_problems": ["the outputs changed"]}, "wrong: the outputs changed"),
+        ({**GOOD, "halved_problems": ["undone | x"]}, "wrong: undone / x"),
+        ({"planted_groups": 2, "error": "ValueError: no"}, "fails: ValueError: no"),
+    ],
+)
+def test_verdict(run, expected):
+    assert verdict(run) == expected
+
+
+def test_the_page_counts_the_last_run_of_each_model():
+    def run(model, contender, **found):
+        return {"model": model, "contender": contender, "version": "abc", "versions": {"torch": "2"}, **found}
+
+    text = page([
+        run("mlp", "apoptorch", error="old"),
+        run("mlp", "apoptorch", **GOOD, prunable=0.75, pinned=0.25, trace_s=5.0, parameters=10, nodes=3, reasons=[]),
+        run("mlp", "torch-pruning", error="x"),
+        run("gru", "apoptorch", **{**GOOD, "planted_groups": 0}, prunable=0.0),
+        run("gru", "torch-pruning", halved_problems=[]),
+    ])  # fmt: skip
+    assert "| models that pass everything | >= 97 % | 50% of 2 | **miss** |" in text
+    assert "| mlp | hand-written | 10 | 3 | 5.0 | 75% | 25% | ok | fails: x |" in text
+    assert "Both are ok on 0 models, only apoptorch on 1, only Torch-Pruning on 1, neither on 0." in text
+    assert "traced in over 4 s CPU | none | mlp | **miss** |" in text
+    assert "apoptorch is not | none | gru | **miss** |" in text
+
+
+def test_learning_models_have_the_shapes_that_the_page_says():
+    decoder = Decoder(vocabulary=10, width=8, heads=2, hidden=16, layers=2, length=6)
+    assert decoder(torch.randint(10, (3, 6))).shape == (3, 6, 10)
+    model = resnet20(4)
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules()) == 19
+
+
+def test_the_learning_page_compares_runs_of_one_seed():
+    about = {"seed": 0, "task": "transformer", "machine": {"cpu": "x"}, "torch": "2", "commit": "abc"}
+    dense = {**about, "contender": "dense", "wall_s": 13.0, "metric": -1.5}
+    ours = {**about, "contender": "apoptosis", "wall_s": 10.0, "metric": -1.505, "groups": {"up": [16, 8], "v": [4, 4]}}
+    text = learning_page([dense, ours])
+    assert "| transformer | 0 | wall time, dense / apoptosis | >= 1.3 | 1.3 | pass |" in text
+    assert "| transformer | 0 | nats of validation loss saved | >= -0.01 | -0.005 | pass |" in text
+    assert "- transformer, seed 0: up 16 -> 8" in text
