@@ -1,6 +1,7 @@
 """One removal: planted redundancy goes, nothing else changes, and whatever fails leaves everything bit for bit."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from apoptorch.errors import ArgumentError
 from apoptorch.graph import trace
 from apoptorch.plan import Event
 from apoptorch.policy import POLICIES
+from apoptorch.redundancy import select
 from apoptorch.surgery import Surgery
 
 POLICY = Policy(multiple=1, floor=1, rebalance=False)
@@ -459,6 +461,28 @@ def test_shares_of_cost_sum_to_one_at_full_width():
         terms, widths = network.open_costs(chosen), {group.name: full[group.name] for group in chosen}
         assert removal.flops(terms, widths) == pytest.approx(1.0)
     assert network.flops() == removal.flops(costs, full)
+
+
+@pytest.mark.parametrize("shrunk", [1, 16])
+def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(shrunk, monkeypatch):
+    """The widths that a price buys are those of the whole error curves, also when little of the cost is left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    x = data(2048, 10)
+    groups, costs = trace(model, (x,), {})
+    groups = [dataclasses.replace(group, full_width=shrunk * group.width) for group in groups]
+    network, policy = removal.Network(model, (), (), groups, costs), Policy(multiple=1, floor=1)
+    groups = network.prunable(1)
+    moments = removal.measure(model, groups, [Batch((x,), {})], None, 1.0)
+    prices, found = [10.0**exponent for exponent in range(-4, 3)], []
+    for stop in (None, 0.0):
+        with monkeypatch.context() as patch:
+            if stop is not None:
+                patch.setattr(removal, "select", lambda *args, **kwargs: select(*args, **kwargs | {"stop": stop}))
+            plans = [removal.plan(network, groups, moments, policy, 1.0, price)[0] for price in prices]
+            found.append([sum(64 - len(item.keep) for item in each) for each in plans])
+    assert found[0] == pytest.approx(found[1], abs=2)
+    assert any(0 < gone < 100 for gone in found[1])  # prices that buy something, but not all
 
 
 def test_certificate_counts_changed_predictions():

@@ -129,7 +129,9 @@ def plan(
     less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
     steepest factor.
     """
-    stop = min(price / 100, budget / 20)  # finer differences would not change what is bought
+    costs = network.open_costs(groups)
+    worth = price * flops(costs, network.widths) ** (1 + policy.concavity)  # of all that the groups still cost
+    stop = min(worth / 100, budget / 20)  # finer differences would not change what is bought
     steepest = policy.steepest if math.isfinite(price) else math.inf
     floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
     ranks, device = network.ranks, next(network.model.parameters()).device
@@ -150,7 +152,7 @@ def plan(
         for g in groups
     }
     widths = spend(
-        curves, network.open_costs(groups), budget=budget, multiple=policy.multiple, floor=floors,
+        curves, costs, budget=budget, multiple=policy.multiple, floor=floors,
         least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
     )  # fmt: skip
     narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
