@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ZOO := .venv/.zoo
 
-.PHONY: demo test bench-core bench-learning zoo
+.PHONY: demo test bench-core bench-quick bench bench-tune bench-learning zoo
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,20 @@ $(ZOO): $(READY)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[zoo]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchvision timm
 	touch $@
+
+# Ten minutes: every contender on four small tasks, into runs/bench-quick.
+bench-quick: $(READY)
+	$(BIN)/python -m benchmarks.full --quick
+	$(BIN)/python -m benchmarks.peers --quick
+
+# At most eight hours a call, and goes on where it stopped: call it until it has nothing more to do.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.full
+	$(BIN)/python -m benchmarks.tables
+
+# Chooses learning rate and weight decay of the dense networks on validation data, into benchmarks/recipes.json.
+bench-tune: $(READY)
+	$(BIN)/python -m benchmarks.tune
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,25 +35,33 @@ SAME_TIME, SOONER = "fashion-mlp-same-time", "time-to-dense-accuracy"  # both st
 SOONER_EPOCHS = (3, 4, 8)
 
 
-def commit() -> str:
+def commit(measured: Sequence[str] = MEASURED) -> str:
     """The last commit that touched what is measured; "-dirty" if the working tree differs."""
-    last = _git("log", "-1", "--format=%h", "--", *MEASURED)
-    return last + ("-dirty" if _git("status", "--porcelain", "--", *MEASURED) else "")
+    last = _git("log", "-1", "--format=%h", "--", *measured)
+    return last + ("-dirty" if _git("status", "--porcelain", "--", *measured) else "")
 
 
-def conditions() -> dict[str, object]:
+def conditions(measured: Sequence[str] = MEASURED) -> dict[str, object]:
     """What the numbers depend on."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     cpu = names[0].split(":")[1].strip() if names else platform.processor()
     machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": THREADS}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"commit": commit(), "machine": machine, **versions}
+    return {"commit": commit(measured), "machine": machine, **versions}
 
 
-def records() -> list[dict]:
+def records(results: Path | None = None) -> list[dict]:
     """All runs measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    results = results or RESULTS
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def append(run: dict, results: Path) -> None:
+    """Add a run to those measured."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(run) + "\n")
 
 
 def plan(tasks: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
@@ -107,9 +115,7 @@ def main() -> None:
             run["examples"] = len(data.train_x)
             warm_up(recipe, data)
             run |= train(replace(recipe, epochs=epochs), data, CONTENDERS[contender](), seed, EVALUATIONS)[0]
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(run) + "\n")
+            append(run, RESULTS)
             shown = ("wall_s", "metric", "parameters", "widths")
             print(name, contender, f"seed {seed}, {epochs} epochs:", {k: run[k] for k in shown}, flush=True)
 

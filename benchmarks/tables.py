@@ -1,10 +1,11 @@
-"""Write docs/benchmarks.md from benchmarks/results/core.jsonl; no number in it is typed by hand."""
+"""Write docs/benchmarks.md from benchmarks/results/core.jsonl and full.jsonl; no number in it is typed by hand."""
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from benchmarks import peers
 from benchmarks.core import RESULTS, ROOT, SAME_TIME, SOONER, records
 from benchmarks.tasks import TASKS
 
@@ -204,5 +205,6 @@ def controllers() -> str:
 if __name__ == "__main__":
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.with_name("controllers.md").write_text(controllers())
-    PAGE.write_text(page(records()))
-    print(f"{PAGE.relative_to(ROOT)} written from {RESULTS.relative_to(ROOT)}")
+    full = peers.page(records(peers.RESULTS), PAGE.parent / "benchmarks", str(peers.RESULTS.relative_to(ROOT)))
+    PAGE.write_text(page(records()) + full)
+    print(f"{PAGE.relative_to(ROOT)} written from {RESULTS.parent.relative_to(ROOT)}")

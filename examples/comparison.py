@@ -35,11 +35,11 @@ class Task:
     epochs: int
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """ReLU multilayer perceptron from widths[0] inputs to widths[-1] outputs."""
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Multilayer perceptron from widths[0] inputs to widths[-1] outputs."""
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        layers += [nn.Linear(fan_in, fan_out), activation()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -197,7 +197,16 @@ class Apoptosis(Contender):
         return self.apoptosis.history
 
     def facts(self) -> dict[str, Any]:
-        kept = ("step", "widths_after", "parameters_after", "rolled_back", "seconds", "predicted", "measured")
+        kept = (
+            "step",
+            "widths_before",
+            "widths_after",
+            "parameters_after",
+            "rolled_back",
+            "seconds",
+            "predicted",
+            "measured",
+        )
         return {"events": [{key: event.to_json()[key] for key in kept} for event in self.history]}
 
 

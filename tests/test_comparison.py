@@ -207,7 +207,7 @@ def test_page_keeps_the_last_of_repeated_runs():
 
 def test_benchmark_resumes_and_stretches_the_schedule_by_the_measured_speed_up(tmp_path, monkeypatch, task, data):
     monkeypatch.setattr(core, "RESULTS", tmp_path / "core.jsonl")
-    monkeypatch.setattr(core, "commit", lambda: "abc")
+    monkeypatch.setattr(core, "commit", lambda measured: "abc")
     monkeypatch.setattr(core, "TASKS", {"fashion-mlp": (task, lambda: data)})
     trained = []
 

@@ -31,6 +31,9 @@ class DeadNeurons(Channels):
     def __init__(self, peak: float = PEAK, noise: float = NOISE):
         self.peak, self.noise = peak, noise
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeadNeurons":
+        return self  # hooks of a copied model hold it
+
     def begin(self, run: Run) -> None:
         super().begin(run)
         self.interval = max(1, round(INTERVAL * run.total_steps))
