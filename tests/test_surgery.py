@@ -736,8 +736,9 @@ def test_undo_puts_everything_back_bit_for_bit():
 
 
 STAGES = [
-    "_set_tensor", "_set_state", "_set_attribute", "take", "folded", "constant_of", "effective", "right_inverse",
-    "narrowed_state", "attributes", "like", "normalize", "target_of", "is_known_state", "_plan_problems",
+    "_set_tensor", "_set_state", "_set_attribute", "cut", "cut_of", "folded", "constant_of", "effective",
+    "right_inverse", "narrowed_state", "attributes", "like", "normalize", "target_of", "is_known_state",
+    "_plan_problems",
 ]  # fmt: skip
 
 

@@ -71,10 +71,10 @@ class Hidden(nn.Module):
 def test_the_check_notices_an_output_that_changes(monkeypatch):
     """Folds that forget what the removed channels gave are found out."""
 
-    def selected(second, mean, keep):
+    def selected(second, mean, keep, blocks):
         return Fold(torch.eye(len(second), dtype=second.dtype)[:, keep])
 
-    monkeypatch.setattr(removal, "fold", selected)
+    monkeypatch.setattr(removal, "fold_blocks", selected)
     torch.manual_seed(0)
     outcome, _ = planted(Hidden().double(), (torch.randn(64, 8, dtype=torch.float64),))
     assert any("undone" in problem for problem in outcome.problems)

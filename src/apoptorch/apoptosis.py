@@ -22,7 +22,7 @@ from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
 from .rehearsal import rehearsed
 from .removal import Network, abandoned, remove_
-from .surgery import named_tensors, narrow_
+from .surgery import named_tensors, narrow_, narrowed
 from .timing import milliseconds, training_seconds
 
 
@@ -174,7 +174,8 @@ class Apoptosis:
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
         with self._network.ranks.rebuilding():
             narrow_(self._network.model, state["shapes"], self._network.optimizers, self._network.followers)
-        self._network.groups = [replace(g, width=widths[g.name], full_width=full[g.name]) for g in self.groups]
+        groups = narrowed(self.groups, widths)
+        self._network.groups = [replace(group, full_width=full[group.name]) for group in groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
         self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
         self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]

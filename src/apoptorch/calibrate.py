@@ -7,22 +7,21 @@ convolution, entries of a flattened block); positions count as samples of the se
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .distributed import ALONE, Ranks
 from .errors import ArgumentError
 from .graph import preserved
 from .plan import ChannelGroup, Slot
+from .reading import Reader, Reading, Recorder
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -93,6 +92,7 @@ class Moments:
         metric: Q, such that 1/2 tr(Q S) is the predicted loss increase when S is the residual second moment.
         samples: positions that were averaged.
         energy: V^T V summed over consumers and taps: tr(energy second) is the consumers' mean squared output.
+        readers: where consumers read different tensors, (second, mean) of each; else empty.
     """
 
     second: Float64[Tensor, "n n"]
@@ -100,6 +100,7 @@ class Moments:
     metric: Float64[Tensor, "n n"]
     energy: Float64[Tensor, "n n"]
     samples: int
+    readers: tuple[tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,78 +132,61 @@ def weight_of(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(path), attribute)
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """One tensor that consumers of a group read, and what they made of it."""
-
-    group: str
-    slot: Slot
-    weight: Tensor
-    source: Tensor
-    output: Tensor
-
-
 _FEW_OUTPUTS = 16
-_LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-
-
-class _Reader(TorchFunctionMode):
-    """Sees every op of a forward pass and keeps the inputs of those that read a known weight."""
-
-    def __init__(self, weights: dict[int, tuple[str, Slot, Tensor]]):
-        super().__init__()
-        self.weights = weights
-        self.readings: list[_Reading] = []
-        self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # inputs that need no gradient, and their stand-ins that do
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        known = [self.weights[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self.weights]
-        if not known or func not in _LAYERS:
-            return func(*args, **kwargs)
-        if not args:  # F.linear(input=x, ...)
-            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-        if not args[0].requires_grad:  # frozen layers below: let gradients start here
-            _, start = self.starts.setdefault(id(args[0]), (args[0], args[0].detach().requires_grad_()))
-            args = (start, *args[1:])
-        output = func(*args, **kwargs)
-        self.readings += [_Reading(group, slot, weight, args[0], output) for group, slot, weight in known]
-        return output
-
-
-def _matrix(x: Tensor, reading: _Reading) -> Tensor:
-    """A consumer's input (or its gradient) as samples and positions x n channels."""
-    ndim = reading.weight.ndim
-    dim = -1 if ndim == 2 else (1 if x.ndim == ndim else 0)
-    blocks = x.detach().movedim(dim, -1).unflatten(-1, (-1, reading.slot.inner))
-    return blocks.transpose(-1, -2).flatten(0, -2)
 
 
 class _Sums:
-    """Running sums of one group's moments, in the activations' own precision (at least float32)."""
+    """Running sums of one group's moments, in the activations' own precision (at least float32).
+
+    `second` and `mean` are kept for each set of consumers that read the same tensor.
+    """
 
     def __init__(self, group: ChannelGroup, like: Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
-        zeros = partial(torch.zeros, dtype=dtype, device=like.device)
-        self.second, self.metric = zeros(group.width, group.width), zeros(group.width, group.width)
-        self.mean, self.energy, self.curvature = zeros(group.width), zeros(group.width, group.width), zeros(())
-        self.positions = 0
+        self.group = group
+        self.zeros = partial(torch.zeros, dtype=dtype, device=like.device)
+        self.metric, self.energy = self.zeros(group.width, group.width), self.zeros(group.width, group.width)
+        self.curvature = self.zeros(())
+        self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, int]] = {}  # consumers -> sums of a a^T, a, number
 
-    def add(self, reading: _Reading, gradient: Tensor, output_gradient: Tensor | None, terms: float) -> None:
-        a, u = (_matrix(x, reading).to(self.second.dtype) for x in (reading.source, gradient))
-        self.second.addmm_(a.mT, a)
+    def add_columns(self, weight: Tensor, slot: Slot) -> None:
+        index = slot.index(self.group.width).to(weight.device)
+        columns = slot.opened(weight.detach()).movedim(slot.dim, 0)[index].flatten(1)
+        self.energy += (columns @ columns.mT).to(self.energy.dtype)
+
+    def add(
+        self, readings: Sequence[Reading], gradient: Tensor, output_gradients: Sequence[Tensor | None], terms: float
+    ) -> None:
+        """One tensor, and the consumers that read it."""
+        first = readings[0]
+        a, u = (first.channels(x).to(self.metric.dtype) for x in (first.source, gradient))
+        key = tuple(sorted({reading.reader.index for reading in readings}))
+        empty = self.zeros(len(self.metric), len(self.metric)), self.zeros(len(self.metric)), 0
+        second, mean, positions = self.sources.get(key, empty)
+        self.sources[key] = second.addmm_(a.mT, a), mean.add_(a.sum(0)), positions + len(a)
         self.metric.addmm_(u.mT, u, alpha=terms)
-        self.mean += a.sum(0)
-        self.positions += len(a)
-        if output_gradient is not None:
-            self.curvature += terms * output_gradient.square().sum() / reading.weight.shape[0]
+        for reading, output_gradient in zip(readings, output_gradients, strict=True):
+            if output_gradient is not None:
+                self.curvature += terms * output_gradient.square().sum() / reading.reader.weight.shape[0]
 
-    def moments(self, scale: float, damping: float, constant: bool) -> Moments:
+    def moments(self, scale: float, damping: float) -> Moments:
+        consumers = self.group.consumers
         metric = scale * (self.metric + damping * self.curvature * self.energy)
-        mean = (self.mean / self.positions).double() if constant else None
-        return Moments(
-            (self.second / self.positions).double(), mean, metric.double(), self.energy.double(), self.positions
-        )
+        readers = []
+        for i, consumer in enumerate(consumers if len(self.sources) > 1 else ()):
+            own = [sums for key, sums in self.sources.items() if i in key] or list(self.sources.values())
+            readers.append(_mean_moments(own, constant=consumer.bias is not None))
+        second, mean = _mean_moments(list(self.sources.values()), constant=all(c.bias for c in consumers))
+        samples = sum(number for _, _, number in self.sources.values())
+        return Moments(second, mean, metric.double(), self.energy.double(), samples, tuple(readers))
+
+
+def _mean_moments(
+    sums: Sequence[tuple[Tensor, Tensor, int]], *, constant: bool
+) -> tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None]:
+    number = sum(count for _, _, count in sums)
+    second = sum(second for second, _, _ in sums) / number
+    return second.double(), (sum(mean for _, mean, _ in sums) / number).double() if constant else None  # type: ignore[union-attr]
 
 
 @dataclass
@@ -213,15 +197,18 @@ class _Totals:
     samples: float = 0.0
     curvature: float = 0.0
     fisher: float = 0.0
+    lost: set[str] = field(default_factory=set)
 
     def pooled_(self, ranks: Ranks) -> None:
         for name in self.groups:
             sums = self.groups[name]
-            ranks.total_([sums.second, sums.metric, sums.mean, sums.curvature])
-        numbers = [self.samples, self.curvature, self.fisher, *(sums.positions for sums in self.groups.values())]
+            parts = [tensor for key in sorted(sums.sources) for tensor in sums.sources[key][:2]]
+            ranks.total_([sums.metric, sums.curvature, *parts])
+        keys = [(sums, key) for sums in self.groups.values() for key in sorted(sums.sources)]
+        numbers = [self.samples, self.curvature, self.fisher, *(sums.sources[key][2] for sums, key in keys)]
         self.samples, self.curvature, self.fisher, *positions = ranks.total(numbers)
-        for sums, total in zip(self.groups.values(), positions, strict=True):
-            sums.positions = int(total)
+        for (sums, key), total in zip(keys, positions, strict=True):
+            sums.sources[key] = (*sums.sources[key][:2], int(total))
 
     @property
     def scale(self) -> float:
@@ -239,18 +226,17 @@ def measure(
     With a loss, gradients are weighted (empirical Fisher) such that their trace at the output is that of the loss's
     Hessian: the two differ once examples are fitted, as the gradients vanish before the curvature does.
     `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
-    Without `loss_fn` the "loss" is the relative mean squared change of the model's output.
+    Without `loss_fn` the "loss" is the relative mean squared change of the model's output. Groups that are read in
+    training mode only (by an auxiliary head), or in a way that can't be followed, have none.
     """
     with ranks.together("measuring the activations"):
         totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank)
     totals.pooled_(ranks)
     return {
-        group.name: totals.groups[group.name].moments(
-            totals.scale, damping, constant=all(consumer.bias for consumer in group.consumers)
-        )
+        group.name: totals.groups[group.name].moments(totals.scale, damping)
         for group in groups
-        if group.name in totals.groups and totals.groups[group.name].positions
-    }  # those left out are read in training mode only, by an auxiliary head
+        if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
+    }
 
 
 def _totals(
@@ -260,27 +246,26 @@ def _totals(
     totals = _Totals({})
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)  # a resumed run draws the same
     with calibrating(model), torch.enable_grad():
-        weights: dict[int, tuple[str, Slot, Tensor]] = {}
+        readers: dict[int, list[Reader]] = {}
         for group in groups:
-            for consumer in group.consumers:
+            for i, consumer in enumerate(group.consumers):
                 weight = weight_of(model, consumer.weight.tensor)
-                weights[id(weight)] = (group.name, consumer.weight, weight)
-                columns = weight.detach().movedim(consumer.weight.dim, 0).unflatten(0, (group.width, -1)).flatten(1)
-                total = totals.groups.setdefault(group.name, _Sums(group, weight))
-                total.energy += (columns @ columns.mT).to(total.energy.dtype)
+                readers.setdefault(id(weight), []).append(Reader(group.name, i, consumer.weight, group.width, weight))
+                totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, consumer.weight)
         for batch in batches:
-            with _Reader(weights) as reader:
+            with Recorder(readers) as recorder:
                 output = model(*batch.args, **batch.kwargs)
             leaves, gradients, terms, curvature = _output_gradients(output, batch, loss_fn, generator)
+            totals.lost |= recorder.lost
             totals.samples += batch.size
             totals.curvature += batch.size * curvature
             totals.fisher += batch.size * terms * sum(g.square().sum().item() for g in gradients)
-            _accumulate(totals.groups, reader.readings, leaves, gradients, batch.size * terms, damped=damping > 0)
+            _accumulate(totals.groups, recorder.readings, leaves, gradients, batch.size * terms, damped=damping > 0)
     return totals
 
 
 def _accumulate(
-    sums: dict[str, _Sums], readings: list[_Reading], leaves: list[Tensor], gradients: list[Tensor], terms: float,
+    sums: dict[str, _Sums], readings: list[Reading], leaves: list[Tensor], gradients: list[Tensor], terms: float,
     *, damped: bool,
 ) -> None:  # fmt: skip
     sources = {id(reading.source): reading.source for reading in readings}
@@ -289,14 +274,14 @@ def _accumulate(
     found = torch.autograd.grad(leaves, wanted, gradients, allow_unused=True) if sent else [None] * len(wanted)
     of_source = dict(zip(sources, found, strict=False))
     of_output = found[len(sources) :] if damped else [None] * len(readings)
-    seen = set()
+    together: dict[tuple[str, int], list[tuple[Reading, Tensor | None]]] = {}
     for reading, output_gradient in zip(readings, of_output, strict=True):
-        gradient = of_source[id(reading.source)]
+        together.setdefault((reading.reader.group, id(reading.source)), []).append((reading, output_gradient))
+    for (group, source), pairs in together.items():  # two consumers of one tensor: its gradient has both
+        gradient = of_source[source]
         if gradient is None:  # nothing that the loss sees depends on it
-            gradient = torch.zeros_like(reading.source)
-        if (reading.group, id(reading.source)) not in seen:  # two consumers of one tensor: its gradient has both
-            seen.add((reading.group, id(reading.source)))
-            sums[reading.group].add(reading, gradient, output_gradient, terms)
+            gradient = torch.zeros_like(sources[source])
+        sums[group].add([reading for reading, _ in pairs], gradient, [g for _, g in pairs], terms)
 
 
 def _output_gradients(

@@ -137,6 +137,8 @@ def _place(group: ChannelGroup, links: Sequence[Link]) -> _Span | str:
     layers = sorted({i for _, i in uses if links[i].kind == "layer"})
     if sorted(name for name, _ in uses) != sorted(names) or len(layers) != 2 or len(group.consumers) != 1:
         return "no closed form: more than one layer makes or reads its channels"
+    if group.blocks > 1 or any(slot.positions is not None for slot in slots):
+        return "no closed form: its channels lie among others"
     if any(slot.tensor.endswith(".original") for slot in slots):
         return "no closed form: spectral_norm rescales a layer whose channels change"
     if links[layers[0]].tensors[0] not in {attribute(slot.tensor) for slot in group.producers}:

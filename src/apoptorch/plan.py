@@ -5,9 +5,10 @@ Shapes: n channels in a group, k survivors.
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
@@ -16,13 +17,47 @@ from torch import Tensor
 class Slot:
     """Where a group's channels lie in a parameter or buffer.
 
-    Channel c holds the `inner` consecutive entries c * inner ... (c + 1) * inner - 1 of dimension `dim`.
-    `tensor` is the qualified name in the model ("0.weight"), the first one if it is tied.
+    Attributes:
+        tensor: the qualified name in the model ("0.weight"), the first one if it is tied.
+        dim: the dimension that is cut.
+        inner: entries of that dimension for each channel.
+        positions: channel c owns positions[c * inner : (c + 1) * inner]; None stands for 0, 1, 2, ...
+        split: (dimension, blocks): positions count through (blocks, `dim`), where `blocks` equal parts of that other
+            dimension (experts, groups of a convolution) each have their own entries of `dim`. The same number of
+            entries stays in each.
     """
 
     tensor: str
     dim: int
     inner: int = 1
+    positions: tuple[int, ...] | None = None
+    split: tuple[int, int] | None = None
+
+    def index(self, width: int) -> Int64[Tensor, "n inner"]:
+        """The positions of all channels of a group that is `width` wide."""
+        count = width * self.inner
+        flat = torch.arange(count) if self.positions is None else torch.tensor(self.positions, dtype=torch.int64)
+        return flat[:count].view(width, -1)
+
+    def opened(self, tensor: Tensor) -> Tensor:
+        """The tensor with all positions along `dim`."""
+        if self.split is None:
+            return tensor
+        dim, blocks = self.split
+        return tensor.unflatten(dim, (blocks, -1)).movedim(dim, self.dim).flatten(self.dim, self.dim + 1)
+
+    def closed(self, tensor: Tensor) -> Tensor:
+        """What `opened` made, as it was."""
+        if self.split is None:
+            return tensor
+        dim, blocks = self.split
+        return tensor.unflatten(self.dim, (blocks, -1)).movedim(self.dim, dim).flatten(dim, dim + 1)
+
+    def moved(self, place: Int64[Tensor, " p"], width: int, kept: Int64[Tensor, " k"]) -> "Slot":
+        """The slot of the channels `kept` of `width`, once each position p has become place[p]."""
+        positions = place[self.index(width)[kept].flatten()]
+        plain = torch.equal(positions, torch.arange(len(positions)))
+        return replace(self, positions=None if plain else tuple(positions.tolist()))
 
 
 @dataclass(frozen=True)
@@ -53,6 +88,9 @@ class ChannelGroup:
         passthrough: per-channel parameters and buffers between producer and consumer (batch norm, PReLU).
         consumers: weights that read the channels.
         prunable: False if the group must keep its width; `reason` then says why.
+        blocks: heads, experts or parts of a norm, `width / blocks` channels each, one block after the other. The same
+            number must stay in every block, and a channel can be folded only into others of its block.
+        lines: the lines of code ("file.py:12") that its channels pass.
     """
 
     name: str
@@ -65,6 +103,12 @@ class ChannelGroup:
     max_pooled: bool = False
     prunable: bool = True
     reason: str | None = None
+    blocks: int = 1
+    lines: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def leading(self, count: int) -> Int64[Tensor, " count"]:
+        """The first channels of every block, `count` in all."""
+        return torch.arange(self.width).view(self.blocks, -1)[:, : count // self.blocks].flatten()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def rehearsed(
 
     A graph can't tell `x.view(-1, 400)` from `x.view(-1, x.shape[1] * 25)`, nor see sizes in Python conditions.
     """
-    prunable = [group for group in groups if group.prunable and group.width > 1]
+    prunable = [group for group in groups if group.prunable and group.width > group.blocks]
     if not prunable or _failure(model, prunable, args, kwargs) is None:
         return list(groups)
     reasons = {group.name: _failure(model, [group], args, kwargs) for group in prunable}
@@ -37,10 +37,7 @@ def _failure(
     """How forward() fails when each group loses its last channel, in words; None if it doesn't."""
     with Surgery(model) as surgery:
         try:
-            for group in groups:
-                fold = Fold(torch.eye(group.width, group.width - 1, dtype=torch.float64))
-                folds = (fold,) * len(group.consumers)
-                surgery.fold_(group, FoldPlan(group.name, torch.arange(group.width - 1), folds))
+            surgery.fold_all_(groups, [_without_last(group) for group in groups])
             with calibrating(model), torch.no_grad():
                 model(*args, **kwargs)
         except Exception as error:  # a forward pass raises whatever the user wrote
@@ -49,3 +46,10 @@ def _failure(
         finally:
             surgery.undo_()
     return None
+
+
+def _without_last(group: ChannelGroup) -> FoldPlan:
+    """One channel less in every block."""
+    keep = group.leading(group.width - group.blocks)
+    fold = Fold(torch.eye(group.width, dtype=torch.float64)[:, keep])
+    return FoldPlan(group.name, keep, (fold,) * len(group.consumers))

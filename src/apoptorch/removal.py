@@ -19,7 +19,7 @@ from .errors import ArgumentError
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
 from .policy import Policy
-from .redundancy import Selection, fold, select, unexplained
+from .redundancy import Selection, fold_blocks, select_blocks, unexplained
 from .surgery import Surgery, named_tensors
 
 
@@ -98,9 +98,8 @@ def remove_(
         return replace(draft, seconds=ranks.longest(start), reason="nothing is redundant at this price")
     ranks.agree("fold plans", plans)
     with Surgery(network.model, network.optimizers, network.followers) as surgery:
-        by_name = {group.name: group for group in groups}
         with ranks.together("removing neurons"):
-            shrunk = {item.group: surgery.fold_(by_name[item.group], item) for item in plans}
+            groups = surgery.fold_all_(network.groups, plans)
             after = evaluate(network.model, held_out, loss_fn)
         after = pooled(after, ranks)
         increase, spread = _increase(before, after, loss_fn, ranks)
@@ -108,8 +107,8 @@ def remove_(
         reason = judge(increase, spread, certificate, policy, draft.predicted or 0.0, level)
         if reason is not None:
             surgery.undo_()
-            shrunk = {}
-        changed = replace(network, groups=[shrunk.get(group.name, group) for group in network.groups])
+            groups = network.groups
+        changed = replace(network, groups=groups)
         event = replace(
             draft, widths_after=changed.widths, parameters_after=changed.parameters, flops_after=changed.flops(),
             measured=increase, certificate=certificate, rolled_back=reason is not None, reason=reason,
@@ -134,17 +133,22 @@ def plan(
     stop = min(worth / 100, budget / 20)  # finer differences would not change what is bought
     steepest = policy.steepest if math.isfinite(price) else math.inf
     floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
+    steps = {group.name: _step(group, policy.multiple) for group in groups}
+    blocks = {group.name: group.blocks for group in groups}
     ranks, device = network.ranks, next(network.model.parameters()).device
 
     def search(name: str) -> Selection:
         m = moments[name]
-        return select(m.second, m.mean, m.metric, stop=stop, floor=floors[name], multiple=policy.multiple)
+        return select_blocks(
+            m.second, m.mean, m.metric, blocks[name], stop=stop, floor=floors[name], multiple=steps[name]
+        )
 
-    def refit(name: str) -> tuple[Int64[Tensor, " k"], Fold, float]:
+    def refit(name: str) -> tuple[Int64[Tensor, " k"], tuple[Fold, ...], float]:
         m, keep = moments[name], selections[name].order[: widths[name]].sort().values
-        regression = fold(m.second, m.mean, keep)
+        regression = fold_blocks(m.second, m.mean, keep, blocks[name])
         rest = unexplained(m.second, m.mean, keep, regression)
-        return keep, regression, float((m.energy * rest).sum() / (m.energy * m.second).sum())
+        own = tuple(fold_blocks(*reader, keep, blocks[name]) for reader in m.readers)
+        return keep, (regression, *own), float((m.energy * rest).sum() / (m.energy * m.second).sum())
 
     selections = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
     curves = {
@@ -152,20 +156,28 @@ def plan(
         for g in groups
     }
     widths = spend(
-        curves, costs, budget=budget, multiple=policy.multiple, floor=floors,
+        curves, costs, budget=budget, multiple=steps, floor=floors,
         least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
     )  # fmt: skip
     narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
     refits, plans, errors = ranks.shared(narrowed, refit, "folding", device), [], {}
     for group in (g for g in groups if g.name in refits):
-        keep, regression, errors[group.name] = refits[group.name]
+        keep, (regression, *own), errors[group.name] = refits[group.name]
+        folds = tuple(own or [regression] * len(group.consumers))
         scaled = pacemakers(network, group) if policy.rebalance else ()
         scale = regression.coeffs.square().sum(0).sqrt() if scaled else None
         if scale is not None:
-            regression = Fold(regression.coeffs / scale, regression.shift)
-        folds, predicted = (regression,) * len(group.consumers), float(curves[group.name][widths[group.name]])
+            folds = tuple(Fold(each.coeffs / scale, each.shift) for each in folds)
+        predicted = float(curves[group.name][widths[group.name]])
         plans.append(FoldPlan(group.name, keep, folds, scale, scaled, predicted))
     return plans, errors
+
+
+def _step(group: ChannelGroup, multiple: int) -> int:
+    """Widths go in steps of the hardware's multiple, in each block if its blocks are wide enough."""
+    if group.blocks == 1:
+        return multiple
+    return group.blocks * (multiple if group.width // group.blocks > 2 * multiple else 1)
 
 
 def overfit(width: int, samples: int) -> Float64[Tensor, " n+1"]:

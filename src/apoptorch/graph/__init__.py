@@ -8,6 +8,7 @@ from ..plan import ChannelGroup, CostTerm
 from . import rules as rules  # registers the rules
 from .capture import capture, preserved
 from .chain import Link, chain
+from .groups import assemble
 from .tracer import Tracer, attribute
 
 __all__ = ["Link", "attribute", "preserved", "trace", "trace_chain"]
@@ -19,7 +20,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     Raises:
         ExportError: torch.export can't capture the model.
     """
-    return Tracer(model, capture(model, args, kwargs)).run()
+    return assemble(Tracer(model, capture(model, args, kwargs)).run())
 
 
 def trace_chain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Link] | str:

@@ -18,8 +18,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from ..neurons import Neuron, neuron
-from .rules import CONSTANT_OPS, POINTWISE, argument, neuron_name
-from .tracer import VIEWS, Tracer, op_name
+from .rules import CONSTANT_OPS, POINTWISE, neuron_name
+from .tracer import VIEWS, Tracer, argument, op_name
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,24 @@
 """Follows channels through an ATen graph: which parameter rows make them, which columns read them."""
 
-import math
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from ..plan import ChannelGroup, Consumer, CostTerm, Slot
+from .labels import Array, Channels, Field, along, compact, line
 
 Rule = Callable[["Tracer", Node], None]
+Flow = tuple[Field, ...]  # the channels of one activation
 RULES: dict[str, Rule] = {}
 VIEWS = (
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "alias", "detach",
+    "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "expand", "narrow",
 )  # fmt: skip
 
 
@@ -31,37 +32,27 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One tensor dimension that holds a group's channels, `inner` consecutive entries each.
+@dataclass
+class Record:
+    """Which channels the entries of a tensor's dimension belong to: `labels` has one for each position."""
 
-    `neuron` is the non-linearity met since the producer ("linear" before any, "general" after two). `padded`: zeros
-    stand beside the channels at the border, so that a consumer can't take a constant exactly.
-    """
-
-    group: int
-    inner: int = 1
-    neuron: str = "linear"
+    tensor: str
+    dim: int
+    split: tuple[int, int] | None
+    labels: Array
+    role: str = "passthrough"
+    bias: str | None = None
+    neurons: set[str] = field(default_factory=set)
     max_pooled: bool = False
-    padded: bool = False
-
-
-Flow = dict[int, Axis]  # tensor dimension -> the channels that lie along it
 
 
 @dataclass
-class _Draft:
-    """A group while it is being traced."""
+class Cost:
+    """2 x parameters x positions FLOPs at full width, shared by the channels of both sides."""
 
-    width: int
-    name: str = ""
-    producers: list[Slot] = field(default_factory=list)
-    passthrough: list[Slot] = field(default_factory=list)
-    consumers: list[Consumer] = field(default_factory=list)
-    weights: set[str] = field(default_factory=set)  # those of the producers
-    neurons: set[str] = field(default_factory=set)
-    max_pooled: bool = False
-    reasons: list[str] = field(default_factory=list)
+    flops: float
+    parameters: float
+    sides: tuple[Array | None, Array | None]
 
 
 def op_name(node: Node) -> str:
@@ -75,8 +66,18 @@ def arguments(node: Node) -> tuple[Any, ...]:
     return node.args
 
 
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    return arguments(node)[index] if len(arguments(node)) > index else node.kwargs.get(name, default)
+
+
+def nodes_of(node: Node) -> list[Node]:
+    """The tensors that an elementwise op takes, as often as it takes them."""
+    return [arg for arg in (*arguments(node), *node.kwargs.values()) if isinstance(arg, Node)]
+
+
 def shape(node: Node) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.meta["val"].shape)
+    value = node.meta["val"]
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
 def attribute(name: str) -> str:
@@ -90,20 +91,25 @@ class Tracer:
     def __init__(self, model: nn.Module, program: torch.export.ExportedProgram):
         self.model = model
         self.program = program
+        self.channels = Channels()
         self.flows: dict[Node, Flow | list[Flow]] = {}
         self.tensors: dict[Node, str] = {}  # node -> parameter or buffer, by its first name
-        self.drafts: list[_Draft] = []
-        self.parent: list[int] = []
-        self.made_by: dict[tuple[str, int], int] = {}  # (tensor, dim) -> group
+        self.records: dict[tuple[str, int, tuple[int, int] | None], Record] = {}
+        self.names: dict[int, str] = {}  # first label made by a layer -> module
+        self.makers: list[tuple[Array, str]] = []  # channels and a weight that makes them
+        self.pins: list[tuple[Array, str]] = []
+        self.general: list[Array] = []  # channels that no closed form describes
+        self.rows: list[tuple[Array, str]] = []  # labels [rows, entries]: as many must stay in every row
+        self.passes: dict[int, tuple[Array, set[str]]] = {}  # labels -> lines of code that they pass
         self.claimed: set[str] = set()  # tensors that the op at hand uses in a way that its rule describes
-        self.used_by: dict[str, list[str]] = {}  # tensor -> ops that use it in any other way
+        self.used_by: dict[str, str] = {}  # tensor -> op that uses it in another way
         self.uses: dict[str | None, set[str]] = {}  # bias -> weights of the layers that add it
         self.also_reads: dict[str, str] = {}  # weight -> op in which it reads what isn't a group's channels
-        self.costs: list[tuple[float, float, int | None, int | None]] = []
+        self.costs: list[Cost] = []
 
     # -- the graph -------------------------------------------------------------------------------------------
-    def run(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
-        """The channel groups in the model's order, and the forward cost of each op that has one."""
+    def run(self) -> "Tracer":
+        """Walks the whole graph."""
         first_name: dict[int, str] = {}
         model = self.model
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -120,25 +126,30 @@ class Tracer:
                 self.call(node)
             elif node.op == "output":
                 for used in node.all_input_nodes:
-                    self.pin_flow(self.flow(used), "its channels are the model's output")
-        return self.finish()
+                    if used not in self.tensors:
+                        self.pin_flow(self.flow(used), "its channels are the model's output")
+        return self
 
     def call(self, node: Node) -> None:
         if node.target is operator.getitem:
-            flows = self.flows.get(arguments(node)[0], {})
-            self.flows[node] = flows[arguments(node)[1]] if isinstance(flows, list) else dict(flows)
+            flows = self.flows.get(arguments(node)[0], ())
+            self.flows[node] = flows[arguments(node)[1]] if isinstance(flows, list) else flows
             return
-        inputs, self.claimed = node.all_input_nodes, set()
+        if self.parametrized(node):
+            return
+        self.claimed = set()
         if op_name(node) in RULES:
             RULES[op_name(node)](self, node)
-        elif any(self.flow(used) for used in inputs):
-            for used in inputs:
-                self.pin_flow(self.flow(used), f"{self.where(node)} has no rule that says what becomes of the channels")
-        if not self.parametrized(node):
-            for used in inputs:  # a parameter used outside its layer's own op
-                if (name := self.tensor(used)) is not None and attribute(name) not in self.claimed:
-                    self.used_by.setdefault(attribute(name), []).append(self.where(node))
-        if getattr(node.target, "__name__", "").partition(".")[0].endswith("_"):
+        else:
+            for used in node.all_input_nodes:
+                flow = self.flow(used)
+                self.pin_flow(flow, f"{self.where(node)} has no rule that says what becomes of the channels")
+        for used in node.all_input_nodes:  # a parameter used outside its layer's own op
+            if (name := self.tensor(used)) is not None and attribute(name) not in self.claimed:
+                self.used_by.setdefault(attribute(name), self.where(node))
+        self.note_line(node)
+        if getattr(node.target, "__name__", "").partition(".")[0].endswith("_") and arguments(node):
+            self.flows[arguments(node)[0]] = self.flows.get(node, ())
             self.alias(arguments(node)[0])
 
     def alias(self, node: Any) -> None:
@@ -146,8 +157,12 @@ class Tracer:
         while isinstance(node, Node) and node.op == "call_function" and op_name(node) in VIEWS:
             node = arguments(node)[0]
             if isinstance(node, Node) and len(node.users) > 1:
-                for axis in self.flow(node).values():
-                    self.draft(axis).neurons.add("general")
+                self.general += [each.labels.flatten() for each in self.flow(node)]
+
+    def note_line(self, node: Node) -> None:
+        code = self.code(node)[0]
+        for each in (used for source in (node, *node.all_input_nodes) for used in self.known(source)):
+            self.passes.setdefault(id(each.labels), (each.labels, set()))[1].add(code)
 
     def parametrized(self, node: Node) -> bool:
         """Is the op part of computing a parametrized attribute?"""
@@ -163,165 +178,142 @@ class Tracer:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         return stack[-1][0] if stack else ""
 
+    def code(self, node: Node) -> tuple[str, str]:
+        """The line of code that the op comes from: ("file.py:12", "file.py", line 12, in forward: x = ...)."""
+        lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+        found = re.match(r'File "(.*)", line (\d+)', lines[-2]) if len(lines) > 1 else None
+        if found is None:
+            return "", ""
+        return f"{found[1]}:{found[2]}", f": {lines[-2].removeprefix('File ')}: {lines[-1]}"
+
     def where(self, node: Node) -> str:
         """The op as a user knows it: name, module path, line of code."""
-        lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-        line = next((f": {a.removeprefix('File ')}: {b}" for a, b in zip(lines[-2:], lines[-1:], strict=False)), "")
-        return f"`aten.{op_name(node)}` in {self.path(node) or 'the model itself'}{line}"
+        return f"`aten.{op_name(node)}` in {self.path(node) or 'the model itself'}{self.code(node)[1]}"
 
     # -- flows -----------------------------------------------------------------------------------------------
+    def known(self, node: Any) -> Flow:
+        """Channels of a node's output, of all its outputs if there are several; no parameter's."""
+        flows = self.flows.get(node, ()) if isinstance(node, Node) else ()
+        return tuple(each for flow in flows for each in flow) if isinstance(flows, list) else flows
+
     def flow(self, node: Any) -> Flow:
-        """Channel dimensions of a node's output; for an op with several outputs, of all of them."""
-        flows = self.flows.get(node, {}) if isinstance(node, Node) else {}
-        return {i: axis for i, flow in enumerate(flows) for axis in flow.values()} if isinstance(flows, list) else flows
+        """The same; the dimensions of a parameter or buffer hold channels of its own."""
+        if node not in self.tensors:
+            return self.known(node)
+        value = node.meta["val"]
+        self.claimed.add(attribute(self.tensors[node]))
+        if not value.is_floating_point() and value.dtype != torch.bool:
+            return ()
+        sizes = shape(node)
+        labels = [(d, self.record(self.tensors[node], d, size)) for d, size in enumerate(sizes) if size > 1]
+        return tuple(Field(along(each, d, len(sizes))) for d, each in labels)
 
-    def group(self, index: int) -> int:
-        while self.parent[index] != index:
-            index = self.parent[index]
-        return index
+    def emit(self, node: Node, fields: Iterable[Field]) -> None:
+        """The flow of a node with one output."""
+        self.flows[node] = self.fields(fields)
 
-    def draft(self, axis: Axis) -> _Draft:
-        return self.drafts[self.group(axis.group)]
+    def fields(self, fields: Iterable[Field]) -> Flow:
+        kept = []
+        for each in fields:
+            labels = compact(each.labels)
+            if bool((labels >= 0).any()):
+                kept.append(replace(each, labels=labels))
+        return tuple(kept)
 
-    def pin_flow(self, flow: Flow, reason: str) -> None:
-        for axis in flow.values():
-            self.pin(axis, reason)
+    def pin_flow(self, flow: Iterable[Field], reason: str) -> None:
+        for each in flow:
+            self.pin(each.labels, reason)
 
-    def pin(self, axis: Axis, reason: str) -> None:
-        if reason not in self.draft(axis).reasons:
-            self.draft(axis).reasons.append(reason)
+    def pin(self, labels: Array, reason: str) -> None:
+        self.pins.append((labels.flatten(), reason))
 
-    def unite(self, a: Axis, b: Axis, reason: str) -> Axis:
-        """Both axes hold the same channels from now on (`reason` pins them if they can't)."""
-        i, j = self.group(a.group), self.group(b.group)
-        if i != j:
-            first, second = self.drafts[i], self.drafts[j]
-            for key in ("producers", "passthrough", "consumers", "reasons"):
-                getattr(first, key).extend(item for item in getattr(second, key) if item not in getattr(first, key))
-            first.weights |= second.weights
-            first.neurons |= second.neurons
-            first.max_pooled |= second.max_pooled
-            self.parent[j] = i
-            if first.width != second.width:
-                self.pin(a, reason)
-        if a.inner != b.inner:
-            self.pin(a, reason)
-        same = a.neuron == b.neuron == "linear"
-        return Axis(
-            a.group, a.inner, "linear" if same else "general", a.max_pooled or b.max_pooled, a.padded or b.padded
-        )
+    def unite(self, a: Array, b: Array, reason: str) -> None:
+        """a[i] and b[i] are the same channel; where one of them is none, the other is pinned for this reason."""
+        self.channels.unite(a, b)
+        a, b = (x.flatten() for x in torch.broadcast_tensors(a, b))
+        if bool((alone := (a < 0) != (b < 0)).any()):
+            self.pin(torch.maximum(a, b)[alone], reason)
+
+    def join(self, node: Node, fields: Iterable[Field]) -> list[Field]:
+        """Fields of one activation that come together from several: those along the same dimensions are one."""
+        result: list[Field] = []
+        reason = f"{self.where(node)} joins unlike channels"
+        for new in fields:
+            for old in [old for old in result if set(old.dims) & set(new.dims)]:
+                if not (set(old.dims) <= set(new.dims) or set(new.dims) <= set(old.dims)) or any(
+                    a != b for a, b in zip(old.labels.shape, new.labels.shape, strict=True) if a > 1 and b > 1
+                ):
+                    self.pin_flow([old, new], reason)
+                    continue
+                self.unite(old.labels, new.labels, reason)
+                result.remove(old)
+                wider = old if len(old.dims) >= len(new.dims) else new
+                same = "linear" if old.neuron == new.neuron == "linear" else "general"
+                new = Field(wider.labels, same, old.max_pooled or new.max_pooled, old.padded or new.padded)
+            result.append(new)
+        return result
+
+    def read(self, node: Node, dim: int, reader: Node) -> Field | None:
+        """What lies along one dimension, as labels [size]: the other places of a field are the same channels."""
+        found = [each for each in self.flow(node) if dim in each.dims]
+        if len(found) != 1:
+            self.pin_flow(found, f"{self.where(reader)} reads them mixed with other channels")
+            return None
+        rows = line(found[0].labels, dim)
+        if len(rows) > 1:
+            self.unite(rows[:1], rows[1:], f"{self.where(reader)} reads them together with others")
+            found[0] = replace(found[0], neuron="general")
+        return replace(found[0], labels=rows[0])
 
     # -- what rules call -------------------------------------------------------------------------------------
-    def produce(self, width: int, slots: Iterable[Slot], node: Node) -> Axis:
-        """The axis made by these rows: a new group, or the one that already owns a slot (a shared module)."""
-        slots = list(slots)
-        known = self.made_by.get((slots[0].tensor, slots[0].dim))
+    def record(
+        self, tensor: str, dim: int, labels: Array | int, role: str | None = None, split: tuple[int, int] | None = None
+    ) -> Array:
+        """These channels own the entries of a tensor's dimension (a number: as many new ones, if none do yet)."""
+        self.claimed.add(attribute(tensor))
+        known = self.records.get((tensor, dim, split))
         if known is None:
-            self.drafts.append(_Draft(width, self.path(node) or slots[0].tensor.rpartition(".")[0]))
-            self.parent.append(len(self.parent))
-        axis = Axis(self.parent[-1] if known is None else known)
-        for slot in slots:
-            self.own(axis, slot)
-        draft = self.draft(axis)
-        draft.weights.add(slots[0].tensor)
-        draft.producers.extend(slot for slot in slots if slot not in draft.producers)
-        return axis
+            labels = self.channels.new(labels) if isinstance(labels, int) else labels.flatten()
+            known = self.records[tensor, dim, split] = Record(tensor, dim, split, labels)
+        elif not isinstance(labels, int):
+            if known.labels.numel() != labels.numel():
+                self.pin(torch.cat([labels.flatten(), known.labels]), f"{tensor} serves unlike channels")
+            else:
+                self.unite(known.labels, labels.flatten(), f"{tensor} serves unlike channels (a shared module)")
+        if role is not None:
+            if {known.role, role} == {"producer", "consumer"}:
+                shared = "a tied weight"
+                self.pin(known.labels, f"{tensor} both makes and reads these channels ({shared})")
+            known.role = role
+        return known.labels
 
-    def pass_through(self, axis: Axis, slots: Iterable[Slot]) -> None:
-        for slot in slots:
-            self.own(axis, slot)
-            draft = self.draft(axis)
-            draft.passthrough.extend([slot] if slot not in draft.passthrough else [])
+    def produce(self, width: int, slots: Sequence[tuple[str, int]], node: Node) -> Array:
+        """The channels made by these rows (tensor, dim): new ones, or those that own them already (a shared module)."""
+        new = (slots[0][0], slots[0][1], None) not in self.records
+        labels = self.record(*slots[0], width, "producer")
+        for tensor, dim in slots[1:]:
+            self.record(tensor, dim, labels, "producer")
+        self.makers.append((labels, slots[0][0]))
+        if new and len(labels):
+            self.names[int(labels[0])] = self.path(node) or slots[0][0].rpartition(".")[0]
+        return labels
 
-    def own(self, axis: Axis, slot: Slot) -> None:
-        """These entries belong to the axis's group; if another group has them already, the two are one."""
-        self.claimed.add(attribute(slot.tensor))
-        known = self.made_by.setdefault((slot.tensor, slot.dim), self.group(axis.group))
-        self.unite(replace(axis, inner=1), Axis(known), f"{slot.tensor} serves unlike channels (a shared module)")
+    def pass_through(self, labels: Array, tensors: Iterable[str]) -> None:
+        for tensor in tensors:
+            self.record(tensor, 0, labels)
 
-    def consume(self, axis: Axis, consumer: Consumer) -> None:
-        key = (consumer.weight.tensor, consumer.weight.dim)
-        self.claimed |= {attribute(name) for name in (consumer.weight.tensor, consumer.bias) if name}
-        known = self.made_by.get(key)
-        reason = f"{consumer.weight.tensor} reads these channels more than once and not alike (a shared module)"
-        if known is not None:
-            axis = self.unite(axis, Axis(known, consumer.weight.inner), reason)
-        self.made_by[key] = self.group(axis.group)
-        draft = self.draft(axis)
-        draft.neurons.add(axis.neuron)
-        draft.max_pooled |= axis.max_pooled
-        same = [old for old in draft.consumers if old.weight.tensor == consumer.weight.tensor]
-        if not same:
-            draft.consumers.append(consumer)
-        elif consumer not in same:
-            self.pin(axis, reason)
+    def consume(
+        self, tensor: str, dim: int, read: Field, bias: str | None, split: tuple[int, int] | None = None
+    ) -> None:
+        """The channels `read` are read by these columns."""
+        new = (tensor, dim, split) not in self.records
+        self.record(tensor, dim, read.labels, "consumer", split)
+        record = self.records[tensor, dim, split]
+        self.claimed |= {attribute(bias)} if bias else set()
+        record.bias = bias if new or record.bias == bias else None
+        record.neurons.add(read.neuron)
+        record.max_pooled |= read.max_pooled
 
-    def cost(self, parameters: int, positions: int, out_axis: Axis | None, in_axis: Axis | None) -> None:
+    def cost(self, parameters: int, positions: int, out_labels: Array | None, in_labels: Array | None) -> None:
         """One multiplication and addition for every parameter at every position (at full width)."""
-        sides = (axis and axis.group for axis in (out_axis, in_axis))
-        self.costs.append((2.0 * parameters * positions, float(parameters), *sides))  # type: ignore[arg-type]
-
-    # -- the result ------------------------------------------------------------------------------------------
-    def finish(self) -> tuple[list[ChannelGroup], list[CostTerm]]:
-        roots = [i for i in range(len(self.drafts)) if self.group(i) == i]
-        self.find_conflicts(roots)
-        self.drop_shared_biases(roots)
-        names = self.names(roots)
-        groups = []
-        for i in roots:
-            draft = self.drafts[i]
-            plain = len(draft.weights) == 1 and not any("parametrizations" in name for name in draft.weights)
-            neuron = next(iter(draft.neurons)) if plain and len(draft.neurons) == 1 else "general"
-            groups.append(
-                ChannelGroup(
-                    names[i], draft.width, draft.width, neuron, tuple(draft.producers), tuple(draft.passthrough),
-                    tuple(draft.consumers), draft.max_pooled, not draft.reasons, "; ".join(draft.reasons) or None,
-                )
-            )  # fmt: skip
-        totals: dict[tuple[int | None, int | None], list[float]] = {}
-        for *amounts, out_side, in_side in self.costs:
-            key = tuple(None if side is None else self.group(side) for side in (out_side, in_side))  # type: ignore[arg-type]
-            channels = math.prod(self.drafts[side].width for side in key if side is not None)
-            old = totals.get(key, [0.0, 0.0])  # type: ignore[arg-type]
-            totals[key] = [total + amount / channels for total, amount in zip(old, amounts, strict=True)]  # type: ignore[index]
-        name_of = {None: None, **names}
-        terms = [CostTerm(f, name_of[a], name_of[b], p) for (a, b), (f, p) in totals.items()]
-        return groups, terms
-
-    def names(self, roots: list[int]) -> dict[int, str]:
-        """The module that makes a group's channels, or the tensor where that is not unique."""
-        drafts = {i: self.drafts[i] for i in roots}
-        taken = [draft.name for draft in drafts.values()] + [""]
-        return {
-            i: draft.name if taken.count(draft.name) == 1 else attribute(draft.producers[0].tensor)
-            for i, draft in drafts.items()
-        }
-
-    def drop_shared_biases(self, roots: list[int]) -> None:
-        """A bias that serves several layers, or elsewhere, can't take the constant part of one layer's fold."""
-        busy = [slot.tensor for i in roots for slot in self.drafts[i].passthrough]
-        for i in roots:
-            self.drafts[i].consumers = [
-                replace(c, bias=None) if c.bias in busy or len(self.uses.get(c.bias, ())) > 1 else c
-                for c in self.drafts[i].consumers
-            ]
-
-    def find_conflicts(self, roots: list[int]) -> None:
-        """Pins groups without consumers, with parameters in two roles, and with parameters used elsewhere."""
-        sizes = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        for i in roots:
-            draft = self.drafts[i]
-            made = [slot.tensor for slot in draft.producers + draft.passthrough]
-            read = [consumer.weight.tensor for consumer in draft.consumers]
-            names = made + read + [consumer.bias for consumer in draft.consumers if consumer.bias]
-            if not read:
-                draft.reasons.append("no layer reads its channels")
-            for name in sorted(set(made) & set(read)):
-                shared = "a shared module, a tied weight or a residual block"
-                draft.reasons.append(f"{name} both makes and reads these channels ({shared})")
-            for name in sorted({attribute(name) for name in names} & set(self.used_by)):
-                draft.reasons.append(f"{name} is also used by {self.used_by[name][0]}")
-            for name in sorted(set(read) & set(self.also_reads)):
-                draft.reasons.append(f"{name} also reads other inputs, by {self.also_reads[name]} (a shared module)")
-            for name in sorted(name for name in set(made) if name in sizes and not sizes[name].is_floating_point()):
-                draft.reasons.append(f"{name} holds {sizes[name].dtype}, not floating-point numbers")
+        self.costs.append(Cost(2.0 * parameters * positions, float(parameters), (out_labels, in_labels)))

@@ -1,5 +1,6 @@
 """Which channels are redundant, and what replaces them: from activations (`moments`) or from weights. Pure."""
 
+from .blocks import fold_blocks, select_blocks
 from .moments import Selection, fold, select, unexplained
 from .weights import WeightFold, WeightSearch, fold_from_weights, search_weights
 
@@ -8,8 +9,10 @@ __all__ = [
     "WeightFold",
     "WeightSearch",
     "fold",
+    "fold_blocks",
     "fold_from_weights",
     "search_weights",
     "select",
+    "select_blocks",
     "unexplained",
 ]

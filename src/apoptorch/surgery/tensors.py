@@ -1,6 +1,6 @@
 """What surgery computes, without changing anything: cuts, folds, parametrizations, state, size attributes.
 
-Shapes: n channels in a group, k survivors, each `inner` entries wide.
+Shapes: n channels in a group, k survivors, each `inner` entries wide; `left`: what remains of a dimension.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.optim import LBFGS, Optimizer
 
 from apoptorch.plan import Fold, Slot
+from apoptorch.surgery.places import Cut
 
 Target = Tensor | ParametrizationList
 
@@ -80,8 +81,11 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *module.buffers(recurse=False), *chains.parameters()]
 
 
-def entries(keep: Int64[Tensor, " k"], inner: int) -> Int64[Tensor, " ki"]:
-    return (keep[:, None] * inner + torch.arange(inner, device=keep.device)).flatten()
+def cut(tensor: Tensor, slot: Slot, source: Int64[Tensor, " left"]) -> Tensor:
+    """A copy of the entries `source` of a slot, in the memory format of `tensor`."""
+    if slot.split is None:
+        return take(tensor, slot.dim, source)
+    return like(slot.closed(take(slot.opened(tensor), slot.dim, source)), tensor)
 
 
 def take(tensor: Tensor, dim: int, index: Int64[Tensor, " k"]) -> Tensor:
@@ -99,29 +103,42 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.device.type == "mps" else tensor.double()
 
 
-def folded(weight: Tensor, slot: Slot, keep: Int64[Tensor, " k"], fold: Fold) -> Tensor:
-    """weight @ coeffs along `slot.dim`: (..., n * inner, ...) -> (..., k * inner, ...).
+def folded(weight: Tensor, slot: Slot, cut: Cut, keep: Int64[Tensor, " k"], fold: Fold) -> Tensor:
+    """weight @ coeffs along the slot, cut to what stays.
 
     Only what survivors gain is computed, so that a pure selection is exact to the bit.
     """
-    channels, gains, survivors = weight.unflatten(slot.dim, (-1, slot.inner)), fold.coeffs.clone(), len(keep)
-    gains[keep, torch.arange(survivors, device=keep.device)] -= 1.0
+    gains, dim, weight = fold.coeffs.cpu().clone(), slot.dim, slot.opened(weight)
+    gains[keep.cpu(), torch.arange(len(keep))] -= 1.0
     rows = gains.ne(0).any(1).nonzero()[:, 0]
-    folded = take(channels, slot.dim, keep)
+    new = take(weight, dim, cut.source)
     if rows.numel():
-        removed = wide(take(channels, slot.dim, rows)).movedim(slot.dim, -1)
-        gained = removed.flatten(0, -2) @ wide(gains[rows].to(weight.device))  # one product, not a batch
-        gained = gained.unflatten(0, removed.shape[:-1]).movedim(-1, slot.dim)
-        folded = (wide(folded) + gained).to(weight.dtype)
-    return folded.flatten(slot.dim, slot.dim + 1)
+        removed = wide(take(weight, dim, cut.index[rows].flatten())).unflatten(dim, (len(rows), -1)).movedim(dim, -1)
+        gained = removed.flatten(0, -2) @ wide(gains[rows]).to(weight.device)  # one product, not a batch
+        gained = gained.unflatten(0, removed.shape[:-1]).movedim(-1, dim).flatten(dim, dim + 1)
+        places = cut.place[cut.index[cut.lead].flatten()].to(weight.device)
+        new = wide(new).index_add(dim, places, gained).to(weight.dtype)
+    return slot.closed(new)
 
 
-def constant_of(weight: Tensor, slot: Slot, shift: Float64[Tensor, " n"]) -> Float64[Tensor, " m"]:
+def scaled(tensor: Tensor, slot: Slot, cut: Cut, scale: Float64[Tensor, " k"]) -> Tensor:
+    """A tensor that was cut, with its channels multiplied by `scale`."""
+    parts, factors = slot.opened(tensor), torch.ones(len(cut.source), dtype=torch.float64)
+    factors[cut.place[cut.index[cut.lead]]] = scale.double().cpu()[:, None].expand(len(scale), cut.index.shape[1])
+    shape = [1] * parts.ndim
+    shape[slot.dim] = -1
+    return slot.closed((wide(parts) * wide(factors.view(shape)).to(parts.device)).to(tensor.dtype))
+
+
+def constant_of(weight: Tensor, slot: Slot, cut: Cut, shift: Float64[Tensor, " n"]) -> Float64[Tensor, " m"]:
     """What inputs of constant `shift` add to each of the m outputs: summed over channels, inner and taps."""
-    channels = wide(weight.unflatten(slot.dim, (-1, slot.inner))).movedim(slot.dim, -1)
-    # Without the dimension of the channels, a transposed convolution's weight is (inner, m, ...), others (m, ...).
-    outputs = 1 if slot.dim == 0 else 0
-    return (channels @ wide(shift.to(weight.device))).movedim(outputs, 0).flatten(1).sum(1)
+    channels = slot.opened(weight)
+    constants, shape = torch.zeros(channels.shape[slot.dim], dtype=torch.float64), [1] * weight.ndim
+    constants[cut.index] = shift.double().cpu()[:, None].expand_as(cut.index)
+    shape[slot.dim] = -1
+    constants = wide(constants.view(shape)).to(weight.device).expand_as(channels)
+    outputs = 1 if slot.dim == 0 else 0  # a transposed convolution's weight is (n, m, ...), others (m, n, ...)
+    return (wide(weight) * slot.closed(constants)).movedim(outputs, 0).flatten(1).sum(1)
 
 
 def state_of(optimizer: Optimizer, tensor: Tensor) -> dict[str, Any]:
@@ -136,9 +153,13 @@ def is_known_state(value: Any, *shapes: Sequence[int]) -> bool:
     return value.numel() == 1 or (fits and all(v in (1, *s) for v, *s in zip(value.shape, *shapes, strict=True)))
 
 
-def narrowed_state(value: Any, shape: torch.Size, dim: int, index: Int64[Tensor, " k"]) -> Any:
-    whole = isinstance(value, Tensor) and value.ndim == len(shape) and value.shape[dim] == shape[dim]
-    return take(value, dim, index) if whole else value
+def narrowed_state(value: Any, shape: torch.Size, slot: Slot, source: Int64[Tensor, " left"]) -> Any:
+    """Optimizer state with the parameter's dimensions, cut like it where it isn't averaged (size 1)."""
+    if not isinstance(value, Tensor) or value.ndim != len(shape) or value.shape[slot.dim] != shape[slot.dim]:
+        return value
+    if slot.split and value.shape[slot.split[0]] != shape[slot.split[0]]:  # one value for all blocks
+        return take(value, slot.dim, source[: len(source) // slot.split[1]])
+    return cut(value, slot, source)
 
 
 def _weight_shape(module: Any) -> tuple[int, ...]:

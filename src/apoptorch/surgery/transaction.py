@@ -4,8 +4,6 @@ Every change replaces storage (`parameter.data`), a state dict or an attribute, 
 there: what was there before is the snapshot.
 """
 
-import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,11 +19,12 @@ from torch.optim import LBFGS, Optimizer
 
 from apoptorch.errors import SurgeryError
 from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
+from apoptorch.surgery.places import cut_of, effective_slot, without
 from apoptorch.surgery.tensors import (
     attributes,
     constant_of,
+    cut,
     effective,
-    entries,
     folded,
     is_known_state,
     layout,
@@ -35,8 +34,8 @@ from apoptorch.surgery.tensors import (
     originals,
     own_tensors,
     right_inverse,
+    scaled,
     state_of,
-    take,
     target_of,
     wide,
 )
@@ -94,7 +93,20 @@ class Surgery:
             done = set[tuple[int, int]]()
             for network in self._networks:
                 self._fold_network_(network, group, plan, done)
-        return dataclasses.replace(group, width=len(plan.keep))
+        return without([group], group, plan.keep)[0]
+
+    def fold_all_(self, groups: Sequence[ChannelGroup], plans: Iterable[FoldPlan]) -> list[ChannelGroup]:
+        """`fold_` for each plan, by the name of its group.
+
+        Returns:
+            All `groups` as they are then: those that share a dimension with a narrowed one (concatenation) have moved.
+        """
+        now = list(groups)
+        for plan in plans:
+            group = next(group for group in now if group.name == plan.group)
+            self.fold_(group, plan)
+            now = without(now, group, plan.keep)
+        return now
 
     def narrow_(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """What the function `narrow_` does, as a part of this transaction."""
@@ -103,7 +115,7 @@ class Surgery:
                 for name, tensor in named_tensors(network).items():
                     for dim, size in enumerate(shapes.get(name, ())):
                         if size != tensor.shape[dim]:
-                            self._narrow_(tensor, dim, torch.arange(size))
+                            self._narrow_(tensor, Slot(name, dim), torch.arange(size))
                 self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
 
     def fill_(self, values: Mapping[str, Tensor]) -> None:
@@ -153,8 +165,8 @@ class Surgery:
                 rule = "be a parameter, a buffer or a parametrized attribute with right_inverse"
                 yield f"`{name}` must {rule}, got nothing by that name. Find the channel groups again."
                 continue
-            shape, size = tuple(effective(target).shape), group.width * slot.inner
-            if slot.dim >= len(shape) or shape[slot.dim] != size:
+            shape, last = tuple(effective(target).shape), int(slot.index(group.width).max())
+            if slot.dim >= len(shape) or last >= shape[slot.dim] * (slot.split[1] if slot.split else 1):
                 rule = f"have {group.width} x {slot.inner} entries in dimension {slot.dim}"
                 yield f"`{slot.tensor}` must {rule}, got shape {shape}. Find the channel groups again."
             inner, first = cuts.setdefault((id(target), slot.dim), (slot.inner, fold))
@@ -193,7 +205,7 @@ class Surgery:
         """Fold what isn't `done`: tied tensors, also those that a follower shares, are cut once a dimension."""
         tensors, touched = named_tensors(network), set[int]()
         for slot, bias, fold in _cuts(group, plan):  # consumers first: a fold's constant reads full rows
-            target, index = target_of(network, tensors, slot.tensor), entries(plan.keep, slot.inner)
+            target = target_of(network, tensors, slot.tensor)
             if target is None:
                 continue  # not after the checks
             touched.update(id(tensor) for tensor in originals(target))
@@ -201,26 +213,27 @@ class Surgery:
                 continue
             done.add((id(target), slot.dim))
             weight = effective(target)
+            how = cut_of(slot, group, plan.keep, slot.opened(weight).shape[slot.dim])
             if bias is not None and fold is not None and fold.shift is not None:
                 b = tensors[bias]
-                self._replace_(b, (wide(b) + constant_of(weight, slot, fold.shift)).to(b.dtype), b.grad)
-            new = take(weight, slot.dim, index) if fold is None else folded(weight, slot, plan.keep, fold)
+                self._replace_(b, (wide(b) + constant_of(weight, slot, how, fold.shift)).to(b.dtype), b.grad)
+            new = cut(weight, slot, how.source) if fold is None else folded(weight, slot, how, plan.keep, fold)
             if plan.scale is not None and slot.tensor in plan.scaled:
-                new = (wide(new).movedim(slot.dim, -1) * plan.scale).movedim(-1, slot.dim).to(weight.dtype)
+                new = scaled(new, slot, how, plan.scale)
             for original, data in zip(originals(target), right_inverse(target, new), strict=True):
-                self._narrow_(original, slot.dim, index, data)
+                self._narrow_(original, slot, how.source, data)
         self._converge_(network, touched)
         self._follow_(network, touched)
 
-    def _narrow_(self, tensor: Tensor, dim: int, index: Int64[Tensor, " k"], new: Tensor | None = None) -> None:
-        """Take `index` along `dim` of a tensor, its grad and its optimizer state; `new`: what it then holds."""
+    def _narrow_(self, tensor: Tensor, slot: Slot, source: Int64[Tensor, " left"], new: Tensor | None = None) -> None:
+        """Keep the entries `source` of a tensor, its grad and its optimizer state; `new`: what it then holds."""
         old, grad = tensor.shape, tensor.grad
-        data = take(tensor.detach(), dim, index) if new is None else like(new, tensor)
+        data = cut(tensor.detach(), slot, source) if new is None else like(new, tensor)
         if data.shape != old:  # else only values change: weight_norm's magnitudes
-            grad = None if grad is None else take(grad, dim, index)
+            grad = None if grad is None else cut(grad, slot, source)
             for optimizer in self._optimizers:
                 if state := state_of(optimizer, tensor):
-                    narrowed = {key: narrowed_state(value, old, dim, index) for key, value in state.items()}
+                    narrowed = {key: narrowed_state(value, old, slot, source) for key, value in state.items()}
                     self._set_state_(optimizer, tensor, narrowed)
         self._replace_(tensor, data, grad)
 
@@ -327,18 +340,15 @@ def _counterpart(model: nn.Module, follower: nn.Module, index: int) -> nn.Module
 
 def _cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
     """Every slot of the group; a consumer's with its bias and fold, all others (None, None) are selected."""
-    folded = [(_attribute(c.weight), c.bias, f) for c, f in zip(group.consumers, plan.folds, strict=True)]
+    folded = [(effective_slot(c.weight), c.bias, f) for c, f in zip(group.consumers, plan.folds, strict=True)]
     return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]
-
-
-def _attribute(slot: Slot) -> Slot:
-    """A consumer reads the effective weight, also where its slot names the original of a parametrization."""
-    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", slot.tensor)
-    return dataclasses.replace(slot, tensor=name)
 
 
 def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
     n, k, keep, problems = group.width, len(plan.keep), plan.keep.tolist(), list[str]()
+    blocks = [c // (n // group.blocks) for c in keep]
+    if k % group.blocks or blocks != [i // max(1, k // group.blocks) for i in range(k)]:
+        problems.append(f"`plan.keep` must keep as many in each of {group.blocks} blocks, got {keep} ({group.name}).")
     if plan.group != group.name or not group.prunable:
         problems.append(f"`plan` must be for {group.name} and that be prunable, got {plan.group}, {group.reason}.")
     if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= n:

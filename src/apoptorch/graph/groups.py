@@ -1,0 +1,239 @@
+"""What a tracer found -> channel groups: channels with the same owners form one."""
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ..plan import ChannelGroup, Consumer, CostTerm, Slot
+from .tracer import Record, Tracer, attribute
+
+Array = Int64[Tensor, "..."]
+
+
+class _Assembly:
+    """n_c channels; `channel_of` a label; `group_of` a channel."""
+
+    def __init__(self, tracer: Tracer):
+        self.tracer = tracer
+        total = len(tracer.channels.parent)
+        roots = tracer.channels.find(torch.arange(total))
+        _, self.channel_of = torch.unique(roots, return_inverse=True)
+        self.count = int(self.channel_of.max()) + 1 if total else 0
+        self.channels = {key: self.of(record.labels) for key, record in tracer.records.items()}
+        self.group_of = self._groups()
+        self.size = torch.bincount(self.group_of, minlength=1)
+
+    def of(self, labels: Array) -> Array:
+        """Channels of labels, -1 where there is none."""
+        if not len(self.channel_of):
+            return labels
+        return torch.where(labels >= 0, self.channel_of[labels.clamp(min=0)], -1)
+
+    def _groups(self) -> Array:
+        """Channels that the same slots hold, equally often, are interchangeable. Numbered as they first appear."""
+        generator = torch.Generator().manual_seed(0)
+        signature = torch.zeros(self.count, dtype=torch.int64)
+        for channels in self.channels.values():
+            code = torch.randint(2**62, (), generator=generator)
+            held = channels[channels >= 0]
+            signature.scatter_add_(0, held, code.expand(len(held)))
+        return _numbered(signature)
+
+    def present(self, labels: Array) -> list[int]:
+        channels = self.of(labels.flatten())
+        return torch.unique(self.group_of[channels[channels >= 0]]).tolist()
+
+
+def _numbered(values: Array) -> Array:
+    """0, 1, 2, ... for equal values, in the order of their first place."""
+    _, inverse = torch.unique(values, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(values))
+    first.scatter_reduce_(0, inverse, torch.arange(len(values)), "amin")
+    return first.argsort().argsort()[inverse]
+
+
+def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
+    """The channel groups in the model's order, and the forward cost of each op that has one."""
+    parts = _Assembly(tracer)
+    count = len(parts.size) if parts.count else 0
+    reasons: list[dict[str, None]] = [{} for _ in range(count)]
+    blocks, order = _blocks(parts, reasons)
+    slots: list[dict[str, list]] = [{"producer": [], "passthrough": [], "consumer": []} for _ in range(count)]
+    holds: list[list[Record]] = [[] for _ in range(count)]
+    for key, record in tracer.records.items():
+        for index, slot in _slots(record, parts.channels[key], parts, order):
+            holds[index].append(record)
+            item = Consumer(slot, _bias(tracer, record)) if record.role == "consumer" else slot
+            slots[index][record.role].append(item)
+    _collect_reasons(parts, reasons, holds)
+    general = {index for labels in tracer.general for index in parts.present(labels)}
+    lines: list[set[str]] = [set() for _ in range(count)]
+    for labels, code in tracer.passes.values():
+        for index in parts.present(labels):
+            lines[index] |= code
+    weights: list[set[str]] = [set() for _ in range(count)]
+    for labels, weight in tracer.makers:
+        for index in parts.present(labels):
+            weights[index].add(weight)
+    names = _names(parts, holds)
+    made: dict[int, ChannelGroup] = {}
+    for index in range(count):
+        own, width = slots[index], int(parts.size[index])
+        if not own["producer"] and not own["consumer"]:
+            continue  # per-channel parameters of what is no channel
+        if not own["producer"]:
+            own["producer"], own["passthrough"] = own["passthrough"][:1], own["passthrough"][1:]
+        if not own["consumer"]:
+            reasons[index]["no layer reads its channels"] = None
+        neuron = "general" if index in general else _neuron(holds[index], own["producer"], weights[index])
+        made[index] = ChannelGroup(
+            names[index], width, width, neuron, tuple(own["producer"]), tuple(own["passthrough"]),
+            tuple(own["consumer"]), any(r.max_pooled for r in holds[index] if r.role == "consumer"),
+            not reasons[index], _told(list(reasons[index])), blocks[index], tuple(sorted(lines[index] - {""})),
+        )  # fmt: skip
+    return list(made.values()), _costs(parts, {index: group.name for index, group in made.items()})
+
+
+def _told(reasons: list[str], most: int = 4) -> str | None:
+    rest = f" (and {len(reasons) - most} more reasons)" if len(reasons) > most else ""
+    return "; ".join(reasons[:most]) + rest or None
+
+
+def _blocks(parts: _Assembly, reasons: list[dict[str, None]]) -> tuple[list[int], Array]:
+    """Number of blocks of every group, and each channel's place in its group: block by block."""
+    generator = torch.Generator().manual_seed(1)
+    block = torch.zeros(parts.count, dtype=torch.int64)
+    for labels, where in parts.tracer.rows:
+        channels = parts.of(labels)
+        groups = torch.where(channels >= 0, parts.group_of[channels.clamp(min=0)], -1).sort(1).values
+        if not bool((groups == groups[:1]).all()):
+            for index in parts.present(labels):
+                reasons[index][f"{where} needs as many of other channels too"] = None
+            continue
+        codes = torch.randint(2**62, (len(channels), 1), generator=generator).expand_as(channels)
+        block.scatter_add_(0, channels[channels >= 0], codes[channels >= 0])
+    places, counts = torch.zeros_like(block), []
+    by_group = parts.group_of.argsort(stable=True).split(parts.size.tolist()) if parts.count else ()
+    for index, members in enumerate(by_group):
+        numbers = _numbered(block[members])
+        sizes = torch.bincount(numbers)
+        if len(torch.unique(sizes)) > 1:
+            reasons[index]["its channels are split into unequal parts"] = None
+            numbers, sizes = torch.zeros_like(numbers), sizes.sum()[None]
+        counts.append(len(sizes))
+        places[members[numbers.argsort(stable=True)]] = torch.arange(len(members))
+        if len(sizes) > 1 and int(sizes[0]) == 1:
+            reasons[index]["each of its channels is a part of its own"] = None
+    return counts, places
+
+
+def _slots(record: Record, channels: Array, parts: _Assembly, order: Array) -> list[tuple[int, Slot]]:
+    """Where each group's channels lie in a record."""
+    places = (channels >= 0).nonzero()[:, 0]
+    held = channels[places]
+    by_group = torch.stack([parts.group_of[held], order[held]])
+    sorted_by = _lexsort(by_group)
+    places, groups = places[sorted_by], by_group[0][sorted_by]
+    found, result = torch.unique_consecutive(groups, return_counts=True), []
+    for index, positions in zip(found[0].tolist(), places.split(found[1].tolist()), strict=True):
+        inner = len(positions) // int(parts.size[index])
+        plain = torch.equal(positions, torch.arange(len(positions)))
+        given = None if plain else tuple(positions.tolist())
+        result.append((index, Slot(record.tensor, record.dim, inner, given, record.split)))
+    return result
+
+
+def _lexsort(keys: Int64[Tensor, "2 n"]) -> Array:
+    by_second = keys[1].argsort(stable=True)
+    return by_second[keys[0][by_second].argsort(stable=True)]
+
+
+def _bias(tracer: Tracer, record: Record) -> str | None:
+    """A bias that serves several layers, or elsewhere, can't take the constant part of one layer's fold."""
+    busy = {r.tensor for r in tracer.records.values() if r.role == "passthrough"} if record.bias else set()
+    return None if record.bias in busy or len(tracer.uses.get(record.bias, ())) > 1 else record.bias
+
+
+def _collect_reasons(parts: _Assembly, reasons: list[dict[str, None]], holds: list[list[Record]]) -> None:
+    """Pins of the rules, and parameters that are used elsewhere."""
+    tracer = parts.tracer
+    sizes = dict(tracer.model.named_parameters()) | dict(tracer.model.named_buffers())
+    for labels, reason in tracer.pins:
+        for index in parts.present(labels):
+            reasons[index].setdefault(reason)
+    for found, records in zip(reasons, holds, strict=True):
+        for record in records:
+            for name in filter(None, (record.tensor, record.bias)):
+                if attribute(name) in tracer.used_by:
+                    found[f"{attribute(name)} is also used by {tracer.used_by[attribute(name)]}"] = None
+            if record.role == "consumer" and record.tensor in tracer.also_reads:
+                where = tracer.also_reads[record.tensor]
+                found[f"{record.tensor} also reads other inputs, by {where} (a shared module)"] = None
+            tensor = sizes.get(record.tensor)
+            if record.role != "consumer" and tensor is not None and not tensor.is_floating_point():
+                found[f"{record.tensor} holds {tensor.dtype}, not floating-point numbers"] = None
+
+
+def _neuron(records: list[Record], producers: list[Slot], weights: set[str]) -> str:
+    """The neuron type, where one weight makes the channels, one row each."""
+    neurons = {neuron for record in records if record.role == "consumer" for neuron in record.neurons}
+    plain = len(weights) == 1 and all(slot.inner == 1 for slot in producers)
+    return (
+        next(iter(neurons)) if plain and len(neurons) == 1 and "parametrizations" not in "".join(weights) else "general"
+    )
+
+
+def _names(parts: _Assembly, holds: list[list[Record]]) -> list[str]:
+    """The module that makes a group's channels, or the tensor where that is not unique."""
+    names, tensors = [""] * len(holds), [""] * len(holds)
+    for label, name in parts.tracer.names.items():
+        index = int(parts.group_of[parts.channel_of[label]])
+        names[index] = names[index] or name
+    for index, records in enumerate(holds):
+        makers = (
+            [r for r in records if r.role == "producer"] or [r for r in records if r.role == "passthrough"] or records
+        )
+        tensors[index] = attribute(makers[0].tensor)
+    taken = [*names, ""]
+    return _distinct([n if taken.count(n) == 1 else t for n, t in zip(names, tensors, strict=True)])
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Several groups of one tensor are told apart by their number."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        number = seen[name] = seen.get(name, -1) + 1
+        result.append(f"{name}[{number}]" if names.count(name) > 1 else name)
+    return result
+
+
+def _costs(parts: _Assembly, names: dict[int, str]) -> list[CostTerm]:
+    totals: dict[tuple[int | None, int | None], list[float]] = {}
+    for cost in parts.tracer.costs:
+        out_side, in_side = (_shares(parts, side, names) for side in cost.sides)
+        for a, share in out_side.items():
+            for b, other in in_side.items():
+                scale = share * other / _width(parts, a) / _width(parts, b)
+                old = totals.setdefault((a, b), [0.0, 0.0])
+                old[0] += cost.flops * scale
+                old[1] += cost.parameters * scale
+    return [CostTerm(f, names.get(a), names.get(b), p) for (a, b), (f, p) in totals.items()]  # type: ignore[arg-type]
+
+
+def _width(parts: _Assembly, index: int | None) -> int:
+    return 1 if index is None else int(parts.size[index])
+
+
+def _shares(parts: _Assembly, labels: Array | None, names: dict[int, str]) -> dict[int | None, float]:
+    """Which share of the entries each group has; None for those that are no group's."""
+    if labels is None or not labels.numel():
+        return {None: 1.0}
+    channels = parts.of(labels.flatten())
+    groups = torch.where(channels >= 0, parts.group_of[channels.clamp(min=0)], -1)
+    found, counts = torch.unique(groups, return_counts=True)
+    shares: dict[int | None, float] = {}
+    for index, number in zip(found.tolist(), counts.tolist(), strict=True):
+        key = index if index in names else None
+        shares[key] = shares.get(key, 0.0) + number / len(groups)
+    return shares

@@ -1,0 +1,85 @@
+"""Where the entries of a dimension go when channels are removed. Pure: knows groups, no tensors."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from apoptorch.plan import ChannelGroup, Slot
+
+_Key = tuple[str, int, tuple[int, int] | None]
+
+
+class Cut(NamedTuple):
+    """How a removal cuts one slot: channels stand at `index`; the old entries `source` stay, in that order; what was at
+    p before the removed places are gone is at place[p] then."""
+
+    index: Int64[Tensor, "n inner"]
+    source: Int64[Tensor, " left"]
+    place: Int64[Tensor, " size"]
+    lead: Int64[Tensor, " k"]
+
+
+def cut_of(slot: Slot, group: ChannelGroup, keep: Int64[Tensor, " k"], size: int) -> Cut:
+    """Forward code knows sizes only: survivors stand where the first channels (of their block) stood."""
+    index, lead, keep = slot.index(group.width), group.leading(len(keep)), keep.cpu()
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[index.flatten()] = False
+    stays[index[lead].flatten()] = True
+    source = torch.arange(size)
+    source[index[lead].flatten()] = index[keep].flatten()
+    return Cut(index, source[stays], stays.cumsum(0) - 1, lead)
+
+
+def effective_slot(slot: Slot) -> Slot:
+    """A consumer reads the effective weight, also where its slot names the original of a parametrization."""
+    name = re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", slot.tensor)
+    return replace(slot, tensor=name)
+
+
+def slots_of(group: ChannelGroup) -> list[Slot]:
+    return [*group.producers, *group.passthrough, *(effective_slot(consumer.weight) for consumer in group.consumers)]
+
+
+def without(groups: Sequence[ChannelGroup], group: ChannelGroup, keep: Int64[Tensor, " k"]) -> list[ChannelGroup]:
+    """All groups once `group` has only the channels `keep`: slots that share a dimension with it move."""
+    sizes: dict[_Key, int] = {_key(slot): 0 for slot in slots_of(group)}
+    for owner in groups:
+        for slot in slots_of(owner):
+            if _key(slot) in sizes:
+                sizes[_key(slot)] = max(sizes[_key(slot)], int(slot.index(owner.width).max()) + 1)
+    places = {_key(slot): cut_of(slot, group, keep, sizes[_key(slot)]).place for slot in slots_of(group)}
+
+    def move(slot: Slot, owner: ChannelGroup) -> Slot:
+        place = places.get(_key(effective_slot(slot)))
+        kept = owner.leading(len(keep) if owner is group else owner.width)
+        return slot if place is None else slot.moved(place, owner.width, kept)
+
+    return [
+        replace(
+            owner,
+            width=len(keep) if owner is group else owner.width,
+            producers=tuple(move(slot, owner) for slot in owner.producers),
+            passthrough=tuple(move(slot, owner) for slot in owner.passthrough),
+            consumers=tuple(replace(c, weight=move(c.weight, owner)) for c in owner.consumers),
+        )
+        for owner in groups
+    ]
+
+
+def narrowed(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> list[ChannelGroup]:
+    """The groups at these widths."""
+    now = list(groups)
+    for name, width in widths.items():
+        group = next(group for group in now if group.name == name)
+        if width != group.width:
+            now = without(now, group, group.leading(width))
+    return now
+
+
+def _key(slot: Slot) -> _Key:
+    return slot.tensor, slot.dim, slot.split
