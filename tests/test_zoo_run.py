@@ -2,12 +2,14 @@
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Split
 
+from benchmarks import learning
 from benchmarks.learning import Decoder, resnet20
-from benchmarks.learning import page as learning_page
 from benchmarks.zoo import __main__ as zoo
 from benchmarks.zoo.page import page, verdict
 
@@ -94,11 +96,25 @@ def test_learning_models_have_the_shapes_that_the_page_says():
     assert sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules()) == 19
 
 
+@pytest.mark.parametrize("contender", learning.CONTENDERS)
+def test_a_learning_run_gives_what_the_page_reads(contender, monkeypatch):
+    recipe, _ = learning.TASKS["transformer"]
+    small = replace(recipe, model=lambda: Decoder(10, 8, 2, 16, 1, 6), batch=8)
+    rows = torch.arange(96)[:, None] + torch.arange(7) * 3
+    data = Split(rows[:80, :-1] % 10, rows[:80, 1:] % 10, rows[80:, :-1] % 10, rows[80:, 1:] % 10)
+    monkeypatch.setitem(learning.TASKS, "transformer", (small, lambda: data))
+    run = learning.measure("transformer", contender, seed=0)
+    about = {"task": "transformer", "seed": 0, "contender": contender, "machine": {"cpu": "x"}, "torch": "2"}
+    assert -5 < run["metric"] < 0
+    assert "Measured on x" in learning.page([{**run, **about, "commit": "abc"}])
+    assert learning.measure("transformer", contender, seed=0, examples=16)["curve"]
+
+
 def test_the_learning_page_compares_runs_of_one_seed():
     about = {"seed": 0, "task": "transformer", "machine": {"cpu": "x"}, "torch": "2", "commit": "abc"}
     dense = {**about, "contender": "dense", "wall_s": 13.0, "metric": -1.5}
     ours = {**about, "contender": "apoptosis", "wall_s": 10.0, "metric": -1.505, "groups": {"up": [16, 8], "v": [4, 4]}}
-    text = learning_page([dense, ours])
+    text = learning.page([dense, ours])
     assert "| transformer | 0 | wall time, dense / apoptosis | >= 1.3 | 1.3 | pass |" in text
     assert "| transformer | 0 | nats of validation loss saved | >= -0.01 | -0.005 | pass |" in text
     assert "- transformer, seed 0: up 16 -> 8" in text

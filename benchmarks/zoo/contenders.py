@@ -91,11 +91,12 @@ def _output_layers(model: nn.Module, args: Any, kwargs: Any) -> list[nn.Module]:
     """The modules whose channels are the model's output, found by apoptorch's own trace; else the last layer."""
     try:
         groups, _ = trace(model, args, kwargs)
-        names = [s.tensor for g in groups if "the model's output" in (g.reason or "") for s in g.producers]
+        names = {slot.tensor for g in groups if "the model's output" in (g.reason or "") for slot in g.producers}
     except Exception:  # whatever keeps the model from being exported
-        names = []
+        names = set()
+    made = {id(tensor) for name, tensor in model.named_parameters() if name in names}  # also under a tied name
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
-    return [model.get_submodule(name.rpartition(".")[0]) for name in names] or layers[-1:]
+    return [layer for layer in layers if id(layer.weight) in made] or layers[-1:]
 
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
