@@ -475,10 +475,9 @@ def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(shrunk, 
     groups = network.prunable(1)
     moments = removal.measure(model, groups, [Batch((x,), {})], None, 1.0)
     prices, found = [10.0**exponent for exponent in range(-4, 3)], []
-    for stop in (None, 0.0):
+    for search in (select, lambda *args, **kwargs: select(*args, **kwargs | {"stop": 0.0})):
         with monkeypatch.context() as patch:
-            if stop is not None:
-                patch.setattr(removal, "select", lambda *args, **kwargs: select(*args, **kwargs | {"stop": stop}))
+            patch.setattr(removal, "select", search)
             plans = [removal.plan(network, groups, moments, policy, 1.0, price)[0] for price in prices]
             found.append([sum(64 - len(item.keep) for item in each) for each in plans])
     assert found[0] == pytest.approx(found[1], abs=2)
