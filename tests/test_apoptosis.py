@@ -711,7 +711,7 @@ def resume(stop, optimizer, lr, through):
             model, optimizer_, apoptosis, lambda: start(mlp(norm=True, dropout=0.1), optimizer, lr)
         )
         train(model, optimizer_, apoptosis, range(stop, STEPS))
-    history = [{**event.to_json(), "seconds": 0.0} for event in apoptosis.history]
+    history = [{**event.to_json(), "seconds": 0.0, "step_seconds": None} for event in apoptosis.history]
     return everything(model, optimizer_, apoptosis), history, apoptosis.groups
 
 
@@ -768,7 +768,7 @@ def unbroken():
 
 
 # Looks come at steps 12, 20, 32 (and 52); a window of gathering is 6 steps.
-@pytest.mark.parametrize("stop", [1, 5, 9, 12, 17, 20, 22, 30, 33])
+@pytest.mark.parametrize("stop", [1, 5, 9, 12, 18, 20, 22, 30, 33])
 @pytest.mark.parametrize("way", ["by_state_dicts", "by_checkpoint", "narrowed_first"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_is_bitwise_equal(optimizer, way, stop, unbroken, request):
@@ -792,7 +792,7 @@ def test_the_run_that_is_resumed_has_windows_and_events_where_they_are_said_to_b
         looks += [i + 1] if apoptosis._event_step != before else []
         gathering += [i + 1] if apoptosis._batches else []
     assert looks == [12, 20, 32]
-    assert {9, 17, 30} <= set(gathering)
+    assert {9, 18, 30} <= set(gathering)
     assert not {1, 5, 12, 20, 22, 33} & set(gathering)
 
 

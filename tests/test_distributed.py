@@ -110,7 +110,7 @@ def assert_same(found, expected):
 
 
 def timeless(history):
-    return [{**event, "seconds": 0} for event in history]
+    return [{**event, "seconds": 0, "step_seconds": None} for event in history]
 
 
 @pytest.mark.parametrize(("world", "names"), [(2, list(VARIANTS)), (4, ["plain", "Adam"])])

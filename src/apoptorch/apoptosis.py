@@ -189,7 +189,9 @@ class Apoptosis:
         return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), fewest)
 
     def _batches_wanted(self) -> int:
-        return max(3, math.ceil(1.5 * self.policy.samples / self._batch_size))
+        widest = max((group.width for group in self._network.prunable(self.policy.floor)), default=0)
+        samples = min(self.policy.samples, max(4 * widest, self.policy.samples // 2))
+        return max(3, math.ceil(1.5 * samples / self._batch_size))
 
     def _next_wake(self) -> int:
         """Gathering begins in time for the event, if one can still come."""
@@ -211,8 +213,7 @@ class Apoptosis:
             self._unpaid = not self._network.ranks.first(self._pays())
             if not self._unpaid:
                 event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
-            waits = 1 if event is None or event.changes or event.rolled_back else 2  # found nothing: wait twice as long
-            self._event_step = math.ceil(self._step * self.policy.gap**waits)
+            self._event_step = math.ceil(self._step * self.policy.gap)
             self._wake = self._network.ranks.first(self._next_wake())
         self._last_call = time.perf_counter()
         return event if event is not None and (event.changes or event.rolled_back) else None
@@ -269,7 +270,7 @@ class Apoptosis:
         self._looked = event
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
-        self._fraction = max(0.25, 1 - event.flops_after / event.flops_before)
+        self._fraction = max(0.1, 1 - event.flops_after / event.flops_before)  # expected of the next one
         self._event_seconds = event.seconds
         return event
 

@@ -19,7 +19,8 @@ class Policy:
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
         payback: an event happens if it is expected to save this many times what it costs; 0: always.
-        samples: inputs on which a removal is planned; half as many again are held out to judge it.
+        samples: inputs on which a removal is planned: four for each channel of the widest group, but at most this number
+            and at least half of it; half as many again are held out to judge it.
         damping: see `calibrate.measure`.
         steepest: no look narrows a group by more than this factor: what has no use yet may get one.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
@@ -32,10 +33,10 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.0425
+    price: float = 0.035
     concavity: float = 0.5
     rise: float = 0.5
-    start: float = 0.025
+    start: float = 0.02
     first_step: int = 30
     gap: float = 2.2
     stop: float = 0.65
