@@ -123,20 +123,17 @@ def planted(
 
 def opened(tensor: Tensor, slot: Slot) -> Tensor:
     """A copy of the tensor with all positions of the slot along dimension 0."""
-    whole = slot.opened(tensor) if hasattr(slot, "opened") else tensor
-    return whole.movedim(slot.dim, 0).clone()
+    return slot.opened(tensor).movedim(slot.dim, 0).clone()
 
 
 def write_(tensor: Tensor, slot: Slot, rows: Tensor) -> None:
     """Puts back what `opened` gave."""
-    whole = rows.movedim(0, slot.dim)
-    tensor.copy_(slot.closed(whole) if hasattr(slot, "closed") else whole)
+    tensor.copy_(slot.closed(rows.movedim(0, slot.dim)))
 
 
 def entries(slot: Slot, group: ChannelGroup, channels: Sequence[int] | None = None) -> Tensor:
     """Where these channels (None: all) lie along `slot.dim`, one channel after the other."""
-    index = slot.index(group.width) if hasattr(slot, "index") else torch.arange(group.width * slot.inner)
-    index = index.view(group.width, -1)
+    index = slot.index(group.width)
     return (index if channels is None else index[torch.tensor(channels, dtype=torch.int64)]).flatten()
 
 
@@ -228,11 +225,10 @@ def outputs(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Te
 
 def _draw(group: ChannelGroup, most: int, generator: torch.Generator) -> Classes:
     """Random classes, the same number in every block; the distinct channels lie anywhere in it."""
-    blocks = getattr(group, "blocks", 1)
-    width = group.width // blocks
-    distinct = min(math.ceil(width / 2), max(1, most // blocks))
+    width = group.width // group.blocks
+    distinct = min(math.ceil(width / 2), max(1, most // group.blocks))
     source = []
-    for block in range(blocks):
+    for block in range(group.blocks):
         order = torch.randperm(width, generator=generator).tolist()
         place = {channel: i for i, channel in enumerate(order)}
         source += [block * width + order[place[channel] % distinct] for channel in range(width)]
