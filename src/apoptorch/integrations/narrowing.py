@@ -1,0 +1,50 @@
+"""What every trainer needs: full-size models that accept narrow checkpoints, and forward() without autocast."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from apoptorch.errors import ArgumentError, SurgeryError
+from apoptorch.surgery import named_tensors, narrow_
+
+
+def narrow_on_load(model: nn.Module) -> nn.Module:
+    """Let `model.load_state_dict` take checkpoints of a narrowed model: it narrows itself to their shapes first.
+
+    Call it on a model built at full size, before the optimizer has state. Whatever is narrower in the checkpoint is
+    narrowed, so that it must be one of the same architecture. Returns the model.
+    """
+    model.register_load_state_dict_pre_hook(_narrow)
+    return model
+
+
+def _narrow(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    error_messages = rest[-1]
+    shapes = {name: state[prefix + name].shape for name in named_tensors(module) if prefix + name in state}
+    try:
+        narrow_(module, shapes)
+    except SurgeryError as error:  # load_state_dict reports it with everything else that doesn't fit
+        error_messages.append(str(error))
+
+
+@contextmanager
+def plain_forward(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that accelerate wraps around forward(): removals are planned in the weights' own dtype."""
+    wrapped = vars(model).pop("forward", None) if "_original_forward" in vars(model) else None
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            vars(model)["forward"] = wrapped
+
+
+def refuse_several_processes(trainer: str) -> None:
+    """Raises ArgumentError in a distributed run: this trainer's wrapper is not narrowed yet."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ArgumentError([
+            f"`{trainer}` must run on one process with apoptosis, got {dist.get_world_size()}: the wrapper around the "
+            "model is not narrowed yet. Train on one process, or use apoptorch.shrink on the trained model."
+        ])  # fmt: skip

@@ -1,0 +1,120 @@
+"""Neuron apoptosis in Hugging Face transformers: `Trainer(..., callbacks=[ApoptosisCallback()])`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_model
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from apoptorch.apoptosis import Apoptosis
+from apoptorch.calibrate import LossFn
+from apoptorch.errors import ArgumentError
+from apoptorch.policy import Policy
+
+from .narrowing import narrow_on_load, plain_forward, refuse_several_processes
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class ApoptosisCallback(TrainerCallback, ExportableState):
+    """Removes redundant neurons of the model that `transformers.Trainer` trains.
+
+    The batches are those that the model itself is called with. Its state is part of the trainer's checkpoints, and
+    training resumes at the widths that were reached; a calibration set half gathered is gathered anew.
+
+    Args:
+        loss_fn: `loss_fn(output, labels)` -> mean loss, for models that don't compute it; None: the model's own loss.
+        policy, protect, followers: as for `apoptorch.Apoptosis`.
+
+    Attributes:
+        apoptosis: the `apoptorch.Apoptosis`, from the first training batch on.
+    """
+
+    def __init__(
+        self, loss_fn: LossFn | None = None, *, policy: str | Policy = "normal", protect: Sequence[str] = (),
+        followers: Sequence[nn.Module] = (),
+    ):  # fmt: skip
+        self.loss_fn = loss_fn
+        self.arguments: dict[str, Any] = {"policy": policy, "protect": protect, "followers": followers}
+        self.apoptosis: Apoptosis | None = None
+        self._batch: dict[str, Any] = {}
+        self._optimizer, self._total_steps, self._saved = None, None, None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Before a checkpoint is read: the model takes narrow ones."""
+        narrow_on_load(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch what the model is called with."""
+        refuse_several_processes("Trainer")
+        self.apoptosis, self._total_steps = None, state.max_steps
+        optimizer = kwargs["optimizer"]
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        self._saved = saved["attributes"]["apoptosis"] if isinstance(saved, dict) else None
+        self._hook = kwargs["model"].register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After every optimizer step."""
+        if self.apoptosis is not None:
+            batch = dict(self._batch)
+            targets = batch.pop("labels", None) if self.loss_fn else None
+            with plain_forward(kwargs["model"]):
+                self.apoptosis.step(targets=targets, **batch)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop watching."""
+        self._hook.remove()
+
+    def state(self) -> dict[str, Any]:
+        """A part of the trainer's checkpoint, as JSON."""
+        state = None if self.apoptosis is None else {**self.apoptosis.state_dict(), "batches": []}
+        return {"args": {}, "attributes": {"apoptosis": state}}
+
+    def _seen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if args:
+            raise ArgumentError(["`model` must be called by keyword, as Trainer does, got positional arguments."])
+        self._batch = {k: v for k, v in kwargs.items() if v is not None and k != "num_items_in_batch"}
+        if self.apoptosis is None:
+            self._begin(model)
+
+    def _begin(self, model: nn.Module) -> None:
+        example = {k: v for k, v in self._batch.items() if k != "labels" or self.loss_fn is None}
+        self._hook.remove()  # what follows calls the model, too
+        with torch.autocast(next(model.parameters()).device.type, enabled=False), plain_forward(model):
+            self.apoptosis = Apoptosis(
+                model, self._optimizer, example_inputs=example, loss_fn=self.loss_fn or _own_loss,
+                total_steps=self._total_steps, **self.arguments,
+            )  # fmt: skip
+            if self._saved is not None:
+                self.apoptosis.load_state_dict(self._saved)
+        self._hook = model.register_forward_pre_hook(self._seen, with_kwargs=True)
+
+
+def load_pretrained(model_class: type[Model], path: str | Path) -> Model:
+    """What `save_pretrained`, or a checkpoint of Trainer, holds of a narrowed model: built from its configuration at
+    full size, narrowed and filled. `model_class`: such as BertForSequenceClassification.
+
+    Raises:
+        ArgumentError: there is no model.safetensors in `path`.
+    """
+    file = Path(path) / "model.safetensors"
+    if not file.is_file():
+        raise ArgumentError([f"`path` must be a directory with model.safetensors, got {path}. Save the model there."])
+    model = model_class(model_class.config_class.from_pretrained(path))  # type: ignore[union-attr]
+    load_model(narrow_on_load(model), file)
+    return model.eval()
+
+
+def _own_loss(output: Any, labels: Any) -> torch.Tensor:
+    return output["loss"]
