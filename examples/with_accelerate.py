@@ -6,6 +6,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from apoptorch import Policy
 from apoptorch.integrations.accelerate import AcceleratedApoptosis
 
 
@@ -18,8 +19,9 @@ def main() -> None:
     model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3), data)
     loss_fn = nn.CrossEntropyLoss()
     apoptosis = AcceleratedApoptosis(
-        accelerator, model, optimizer, example_inputs=x[:64], loss_fn=loss_fn, total_steps=2 * len(data) // 2
-    )
+        accelerator, model, optimizer, example_inputs=x[:64], loss_fn=loss_fn, total_steps=2 * len(data) // 2,
+        policy=Policy(payback=0),  # else so small a network is left alone: it would not pay
+    )  # fmt: skip
     for _ in range(2):
         for inputs, targets in data:
             with accelerator.accumulate(model):

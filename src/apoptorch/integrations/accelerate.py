@@ -8,7 +8,7 @@ from torch import nn
 from apoptorch.apoptosis import Apoptosis
 from apoptorch.plan import Event
 
-from .narrowing import narrow_on_load, plain_forward, refuse_several_processes
+from .narrowing import narrow_on_load, plain_forward
 
 
 class AcceleratedApoptosis:
@@ -28,12 +28,11 @@ class AcceleratedApoptosis:
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any = None, **arguments: Any):
-        refuse_several_processes("Accelerator")
         self.accelerator, self._model = accelerator, accelerator.unwrap_model(model)
         several = optimizer if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
         optimizers = [getattr(item, "optimizer", item) for item in several]
         with plain_forward(self._model):
-            self.apoptosis = Apoptosis(self._model, optimizers, **arguments)
+            self.apoptosis = Apoptosis(model, optimizers, **arguments)
         narrow_on_load(self._model)
         accelerator.register_for_checkpointing(self)
 

@@ -12,7 +12,7 @@ from apoptorch.calibrate import LossFn
 from apoptorch.errors import ArgumentError
 from apoptorch.policy import Policy
 
-from .narrowing import narrow_on_load, refuse_several_processes
+from .narrowing import narrow_on_load
 
 TARGETS = ("labels", "label", "targets", "target", "y")
 LOSSES = ("loss_fn", "criterion", "loss")
@@ -55,11 +55,11 @@ class ApoptosisCallback(Callback):
         """At the first batch: look at the model."""
         if self.apoptosis is not None:
             return
-        refuse_several_processes("Trainer")
+        model = pl_module if trainer.world_size == 1 else trainer.strategy.model  # within DDP
         averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         steps = trainer.estimated_stepping_batches
         self.apoptosis = Apoptosis(
-            pl_module, list(trainer.optimizers), example_inputs=self.batch(batch)[0],
+            model, list(trainer.optimizers), example_inputs=self.batch(batch)[0],
             loss_fn=self.loss_fn or _loss_of(pl_module), total_steps=int(steps) if 0 < steps < float("inf") else None,
             followers=[*self.followers, *(average.module for average in averages if average is not None)],
             **self.arguments,
