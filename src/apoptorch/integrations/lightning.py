@@ -28,7 +28,7 @@ class ApoptosisCallback(Callback):
     Args:
         loss_fn: `loss_fn(output, targets)` -> mean loss; None: the module's attribute loss_fn, criterion or loss, if
             it has one, else budgets are relative changes of the output.
-        batch: `batch(batch) -> (inputs, targets)`, inputs a tensor, a tuple or a dict of keyword arguments of forward().
+        batch: `batch(batch) -> (inputs, targets)`, inputs a tensor, a tuple or a dict of keyword arguments.
             None: a pair is (inputs, targets), a dict's "labels" or "targets" are the targets and the rest keywords.
         policy, protect, followers: as for `apoptorch.Apoptosis`.
 
@@ -55,7 +55,7 @@ class ApoptosisCallback(Callback):
         """At the first batch: look at the model."""
         if self.apoptosis is not None:
             return
-        model = pl_module if trainer.world_size == 1 else trainer.strategy.model  # within DDP
+        model: Any = pl_module if trainer.world_size == 1 else trainer.strategy.model  # within DDP
         averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         steps = trainer.estimated_stepping_batches
         self.apoptosis = Apoptosis(
@@ -110,5 +110,5 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 
 def _loss_of(module: nn.Module) -> LossFn | None:
-    found = (getattr(module, name, None) for name in LOSSES)
+    found: list[Any] = [getattr(module, name, None) for name in LOSSES]
     return next((loss for loss in found if callable(loss)), None)

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
-from apoptorch.errors import ArgumentError, SurgeryError
+from apoptorch.errors import SurgeryError
 from apoptorch.surgery import named_tensors, narrow_
 
 
@@ -39,12 +38,3 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
     finally:
         if wrapped is not None:
             vars(model)["forward"] = wrapped
-
-
-def refuse_several_processes(trainer: str) -> None:
-    """Raises ArgumentError in a distributed run: this trainer's wrapper is not narrowed yet."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ArgumentError([
-            f"`{trainer}` must run on one process with apoptosis, got {dist.get_world_size()}: the wrapper around the "
-            "model is not narrowed yet. Train on one process, or use apoptorch.shrink on the trained model."
-        ])  # fmt: skip

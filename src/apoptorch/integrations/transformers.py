@@ -15,7 +15,7 @@ from apoptorch.calibrate import LossFn
 from apoptorch.errors import ArgumentError
 from apoptorch.policy import Policy
 
-from .narrowing import narrow_on_load, plain_forward, refuse_several_processes
+from .narrowing import narrow_on_load, plain_forward
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -52,11 +52,16 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Watch what the model is called with."""
-        refuse_several_processes("Trainer")
+        if args.world_size > 1:
+            raise ArgumentError([
+                f"`Trainer` must run on one process with apoptosis, got {args.world_size}: it doesn't hand its wrapper "
+                "around the model to callbacks. Train on one process, or use accelerate or Lightning."
+            ])  # fmt: skip
         self.apoptosis, self._total_steps = None, state.max_steps
         optimizer = kwargs["optimizer"]
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        states: Any = state.stateful_callbacks or {}
+        saved = states.get(type(self).__name__) if state.global_step else None
         self._saved = saved["attributes"]["apoptosis"] if isinstance(saved, dict) else None
         self._hook = kwargs["model"].register_forward_pre_hook(self._seen, with_kwargs=True)
 
