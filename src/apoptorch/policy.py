@@ -19,8 +19,8 @@ class Policy:
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
         payback: an event happens if it is expected to save this many times what it costs; 0: always.
-        samples: inputs on which a removal is planned: four for each channel of the widest group, but at most this number
-            and at least half of it; half as many again are held out to judge it.
+        samples: inputs on which a removal is planned: four for each channel of the widest group, but at most
+            this number and at least half of it; half as many again are held out to judge it.
         damping: see `calibrate.measure`.
         steepest: no look narrows a group by more than this factor: what has no use yet may get one.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
