@@ -33,10 +33,10 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.035
+    price: float = 0.0375
     concavity: float = 0.5
     rise: float = 0.5
-    start: float = 0.02
+    start: float = 0.025
     first_step: int = 30
     gap: float = 2.2
     stop: float = 0.65
