@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .plan import Slot
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reader:
     """A group's consumer number `index`, with the weight that the forward pass uses."""
 
@@ -27,25 +27,47 @@ class Reader:
 
 @dataclass(frozen=True)
 class Reading:
-    """One tensor that a consumer read, and what its layer made of it."""
+    """One tensor that a consumer read along dimension `dim`, and what its layer made of it."""
 
     reader: Reader
     source: Tensor
+    dim: int
     output: Tensor
 
     def channels(self, x: Tensor) -> Float[Tensor, "positions n"]:
         """The source (or its gradient) as samples and positions x n channels."""
-        ndim = self.reader.weight.ndim
-        entries = x.detach().movedim(-1 if ndim == 2 else (1 if x.ndim == ndim else 0), -1)
+        entries = x.detach().movedim(self.dim, -1)
         slot, count = self.reader.slot, self.reader.width * self.reader.slot.inner
         if slot.positions is not None:
             entries = entries[..., torch.tensor(slot.positions, device=x.device)]
         return entries[..., :count].unflatten(-1, (-1, slot.inner)).transpose(-1, -2).flatten(0, -2)
 
 
-_LAYERS = (
-    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+_CONVOLUTIONS = (
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
 )  # fmt: skip
+_PRODUCTS = (
+    torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
+)  # fmt: skip
+
+
+def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int, int] | None:
+    """Which argument a layer reads with its weight, and along which dimension; None if that isn't known."""
+    if func is F.linear and args[1] is weight:
+        return 0, -1
+    if func in _CONVOLUTIONS and args[1] is weight:
+        return 0, 1 if args[0].ndim == weight.ndim else 0
+    if func in _PRODUCTS and args[1] is weight and dim == max(0, weight.ndim - 2):
+        return 0, -1
+    if func in _PRODUCTS and args[0] is weight and dim == weight.ndim - 1:
+        return 1, -1 if args[1].ndim == 1 else -2
+    if func in (torch.addmm, Tensor.addmm) and len(args) > 2 and args[2] is weight and dim == 0:
+        return 1, -1
+    if func is torch.einsum and isinstance(args[0], str) and len(args) == 3 and "." not in args[0]:
+        terms = args[0].replace(" ", "").split("->")[0].split(",")
+        own, other = (1, 2) if args[1] is weight else (2, 1)
+        return other, terms[other - 1].index(terms[own - 1][dim])
+    return None
 
 
 class Recorder(TorchFunctionMode):
@@ -66,16 +88,22 @@ class Recorder(TorchFunctionMode):
         known = [reader for leaf in tree_leaves((args, kwargs)) for reader in self.readers.get(id(leaf), ())]
         if not known:
             return func(*args, **kwargs)
-        if func not in _LAYERS:
+        if "input" in kwargs:  # F.linear(input=x, ...)
+            names = [name for name in ("input", "weight", "bias") if name in kwargs]
+            args = (*args, *(kwargs[name] for name in names))
+            kwargs = {key: value for key, value in kwargs.items() if key not in names}
+        places = {reader: _read(func, args, reader.weight, reader.slot.dim) for reader in known if len(args) > 1}
+        found = {reader: place for reader, place in places.items() if place is not None}
+        if not found:
             result = func(*args, **kwargs)
             if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                 self.lost |= {reader.group for reader in known}
             return result
-        if not args:  # F.linear(input=x, ...)
-            args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-        if not args[0].requires_grad:  # frozen layers below: let gradients start here
-            _, start = self.starts.setdefault(id(args[0]), (args[0], args[0].detach().requires_grad_()))
-            args = (start, *args[1:])
+        args = list(args)
+        for index in {index for index, _ in found.values()}:
+            if not args[index].requires_grad:  # frozen layers below: let gradients start here
+                start = args[index].detach().requires_grad_()
+                _, args[index] = self.starts.setdefault(id(args[index]), (args[index], start))
         output = func(*args, **kwargs)
-        self.readings += [Reading(reader, args[0], output) for reader in known]
+        self.readings += [Reading(reader, args[index], dim, output) for reader, (index, dim) in found.items()]
         return output

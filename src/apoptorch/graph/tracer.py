@@ -1,6 +1,8 @@
 """Follows channels through an ATen graph: which parameter rows make them, which columns read them."""
 
+import itertools
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ from .labels import Array, Channels, Field, along, compact, line
 Rule = Callable[["Tracer", Node], None]
 Flow = tuple[Field, ...]  # the channels of one activation
 RULES: dict[str, Rule] = {}
+_TORCH = os.path.dirname(torch.__file__)
 VIEWS = (
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "alias", "detach",
     "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "expand", "narrow",
@@ -181,10 +184,12 @@ class Tracer:
     def code(self, node: Node) -> tuple[str, str]:
         """The line of code that the op comes from: ("file.py:12", "file.py", line 12, in forward: x = ...)."""
         lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-        found = re.match(r'File "(.*)", line (\d+)', lines[-2]) if len(lines) > 1 else None
+        frames = [(line, source) for line, source in itertools.pairwise(lines) if line.startswith("File ")]
+        own = [frame for frame in frames if not frame[0].startswith(f'File "{_TORCH}')] or frames
+        found = re.match(r'File "(.*)", line (\d+)', own[-1][0]) if own else None
         if found is None:
             return "", ""
-        return f"{found[1]}:{found[2]}", f": {lines[-2].removeprefix('File ')}: {lines[-1]}"
+        return f"{found[1]}:{found[2]}", f": {own[-1][0].removeprefix('File ')}: {own[-1][1]}"
 
     def where(self, node: Node) -> str:
         """The op as a user knows it: name, module path, line of code."""
@@ -297,6 +302,16 @@ class Tracer:
         if new and len(labels):
             self.names[int(labels[0])] = self.path(node) or slots[0][0].rpartition(".")[0]
         return labels
+
+    def made_by_product(self, labels: Array, operand: Node) -> None:
+        """These entries of a bare parameter make channels, as a layer's rows do."""
+        name = self.tensors[operand]
+        for record in [
+            r for r in self.records.values() if r.tensor == name and torch.equal(r.labels, labels.flatten())
+        ]:
+            record.role = "producer" if record.role == "passthrough" else record.role
+            self.makers.append((record.labels, name))
+            self.names.setdefault(int(record.labels[0]), name)
 
     def pass_through(self, labels: Array, tensors: Iterable[str]) -> None:
         for tensor in tensors:

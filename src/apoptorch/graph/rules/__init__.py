@@ -1,6 +1,16 @@
 """One rule per family of ATen ops. A rule never guesses: what it doesn't know, it pins."""
 
-from . import elementwise, layers, norms, pooling, shapes  # registers the rules
+from . import attention, elementwise, layers, norms, pooling, shapes  # registers the rules
 from .elementwise import CONSTANT_OPS, POINTWISE, neuron_name
 
-__all__ = ["CONSTANT_OPS", "POINTWISE", "elementwise", "layers", "neuron_name", "norms", "pooling", "shapes"]
+__all__ = [
+    "CONSTANT_OPS",
+    "POINTWISE",
+    "attention",
+    "elementwise",
+    "layers",
+    "neuron_name",
+    "norms",
+    "pooling",
+    "shapes",
+]

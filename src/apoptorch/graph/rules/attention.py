@@ -1,0 +1,181 @@
+"""Products of two activations, or of one and a bare parameter: matmul, addmm, einsum, attention."""
+
+import math
+from dataclasses import replace
+
+from torch.fx import Node
+
+from ..labels import Field, along
+from ..tracer import Tracer, argument, arguments, rule, shape
+
+Letters = list[str]
+
+
+def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, Letters, Letters]) -> None:
+    """einsum of two operands whose dimensions have these letters; letters missing in the result are summed over.
+
+    Channels that are summed over must meet the columns of a parameter. Others pass: what they are multiplied by may
+    differ between blocks (heads) and positions, not between the channels of a block.
+    """
+    out = dims[2]
+    fields: list[Field] = []
+    flows = [tracer.flow(x), tracer.flow(y)]
+    summed = [letter for letter in dict.fromkeys(dims[0] + dims[1]) if letter not in out]
+    for letter in summed:
+        _contract(tracer, node, (x, y), flows, dims, letter)
+    for operand, flow, letters in zip((x, y), flows, dims, strict=False):
+        for each in flow:
+            own = [letters[d] for d in each.dims]
+            if set(own) & set(summed):
+                continue
+            shared = [letter for letter in own if letter in dims[0] and letter in dims[1]]
+            if shared and own and own[-1] in shared:
+                _meet(tracer, node, each, own[-1], letters, (x, y), flows, dims)
+            left = [letter for letter in letters if letter in out]
+            kept = each.labels[tuple(slice(None) if letter in out else 0 for letter in letters)]
+            kept = kept.permute([left.index(letter) for letter in out if letter in left])
+            for position in [i for i, letter in enumerate(out) if letter not in left]:
+                kept = kept.unsqueeze(position)
+            made = operand in tracer.tensors
+            fields.append(replace(each, labels=kept, neuron="linear" if made else "general"))
+            if made:
+                tracer.made_by_product(each.labels, operand)
+    _cost(tracer, (x, y), flows, dims, summed)
+    tracer.emit(node, tracer.join(node, fields))
+
+
+def _cost(tracer, operands, flows, dims, summed) -> None:  # type: ignore[no-untyped-def]
+    """Of a product with a parameter."""
+    for operand, flow, letters in zip(operands, flows, dims, strict=False):
+        if operand in tracer.tensors:
+            sizes = {
+                c: n for used, own in zip(operands, dims, strict=False) for c, n in zip(own, shape(used), strict=True)
+            }
+            sides = {letters[d] in summed: each.labels for each in flow for d in each.dims}
+            positions = math.prod(n for letter, n in sizes.items() if letter not in letters)
+            tracer.cost(math.prod(shape(operand)), positions, sides.get(False), sides.get(True))
+            return
+
+
+def _meet(tracer, node, each, letter, letters, operands, flows, dims) -> None:  # type: ignore[no-untyped-def]
+    """A channel dimension that both operands share must hold the same channels in both."""
+    for other, flow, theirs in zip(operands, flows, dims, strict=False):
+        held = any(theirs[d] == letter for f in flow for d in f.dims)
+        if letter in theirs and not held and shape(other)[theirs.index(letter)] > 1:
+            tracer.pin(each.labels, f"{tracer.where(node)} combines them with a tensor that apoptosis doesn't follow")
+
+
+def _contract(tracer, node, operands, flows, dims, letter) -> None:  # type: ignore[no-untyped-def]
+    """The channels along one letter are read by the other operand, if that is a parameter."""
+    found = []
+    for operand, flow, letters in zip(operands, flows, dims, strict=False):
+        along_it = [each for each in flow if any(letters[d] == letter for d in each.dims)]
+        found.append((operand, along_it, letters.index(letter) if letter in letters else -1))
+    (x, left, i), (y, right, j) = found
+    if not left and not right:
+        return
+    parameters = [operand in tracer.tensors for operand in operands]
+    labelled = [*left, *right]
+    if all(parameters) or not any(parameters) or not left or not right:
+        pair = left and right and not any(parameters)
+        what = "multiplies pairs of them (queries and keys)" if pair else "reads them with a tensor that is computed"
+        tracer.pin_flow(labelled, f"{tracer.where(node)} {what}")
+        return
+    weight, dim, reader = (y, j, (x, i)) if parameters[1] else (x, i, (y, j))
+    read = tracer.read(reader[0], reader[1], node)
+    if read is not None:
+        tracer.consume(tracer.tensors[weight], dim, read, None)
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot")
+def matmul(tracer: Tracer, node: Node) -> None:
+    x, y = arguments(node)[:2]
+    product(tracer, node, x, y, _matmul_letters(x, y))
+
+
+def _matmul_letters(x: Node, y: Node) -> tuple[Letters, Letters, Letters]:
+    n, m = len(shape(x)), len(shape(y))
+    batch = [f"b{i}" for i in range(max(n, m, 2) - 2)]
+    left = batch[len(batch) - max(0, n - 2) :] + (["i", "k"] if n > 1 else ["k"])
+    right = batch[len(batch) - max(0, m - 2) :] + (["k", "j"] if m > 1 else ["k"])
+    return left, right, batch + (["i"] if n > 1 else []) + (["j"] if m > 1 else [])
+
+
+@rule("addmm")
+def addmm(tracer: Tracer, node: Node) -> None:
+    """bias + x @ weight, as in transformers' Conv1D."""
+    bias_node, x, weight_node = arguments(node)[:3]
+    weight, bias = tracer.tensors.get(weight_node), tracer.tensors.get(bias_node)
+    if weight is None or bias is None or node.kwargs or x in tracer.tensors:
+        flows = [each for used in (bias_node, x, weight_node) for each in tracer.flow(used)]
+        tracer.pin_flow(flows, f"{tracer.where(node)} reads them with a weight that is computed in forward()")
+        return
+    last = len(shape(node)) - 1
+    rest = [each for each in tracer.flow(x) if last not in each.dims]
+    read = tracer.read(x, last, node)
+    tracer.uses.setdefault(bias, set()).add(weight)
+    made = tracer.produce(shape(weight_node)[1], [(weight, 1), (bias, 0)], node)
+    if read is not None:
+        tracer.consume(weight, 0, read, None if read.padded else bias)
+    else:
+        tracer.also_reads[weight] = tracer.where(node)
+    tracer.cost(math.prod(shape(weight_node)), shape(x)[0], made, None if read is None else read.labels)
+    fields = [*(replace(each, neuron="general") for each in rest), Field(along(made, last, last + 1))]
+    tracer.emit(node, fields)
+
+
+@rule("baddbmm")
+def baddbmm(tracer: Tracer, node: Node) -> None:
+    tracer.pin_flow(tracer.flow(arguments(node)[0]), f"{tracer.where(node)} adds them to a product")
+    x, y = arguments(node)[1:3]
+    product(tracer, node, x, y, _matmul_letters(x, y))
+
+
+@rule("einsum")
+def einsum(tracer: Tracer, node: Node) -> None:
+    equation, operands = arguments(node)[:2]
+    sides = equation.replace(" ", "").split("->")
+    terms = sides[0].split(",")
+    plain = len(sides) == 2 and len(terms) == 2 and "." not in equation
+    plain = plain and all(len(set(term)) == len(term) for term in (*terms, sides[-1]))
+    if not plain:
+        flows = [each for used in operands for each in tracer.flow(used)]
+        tracer.pin_flow(flows, f"{tracer.where(node)} has no rule for {equation!r}")
+        return
+    product(tracer, node, *operands, (list(terms[0]), list(terms[1]), list(sides[1])))
+
+
+@rule("scaled_dot_product_attention")
+def attention(tracer: Tracer, node: Node) -> None:
+    """Value channels pass, head by head; each query head's share of the value heads, if these are fewer."""
+    query, key, value = arguments(node)[:3]
+    mask = argument(node, 3, "attn_mask")
+    ndim = len(shape(node))
+    pairs = [each for used in (query, key, mask) if isinstance(used, Node) for each in tracer.flow(used)]
+    tracer.pin_flow(pairs, f"{tracer.where(node)} multiplies pairs of them (queries and keys)")
+    fields = []
+    for each in tracer.flow(value):
+        if each.dims[-1:] != (ndim - 1,):
+            tracer.pin(each.labels, f"{tracer.where(node)} sums over them")
+            continue
+        labels, heads = each.labels, shape(node)[-3] if ndim > 2 else 1
+        if labels.ndim > 2 and labels.shape[-3] not in (1, heads):  # grouped queries
+            labels = labels.repeat_interleave(heads // labels.shape[-3], -3)
+        fields.append(replace(each, labels=labels, neuron="general"))
+    tracer.emit(node, fields)
+
+
+@rule("glu")
+def glu(tracer: Tracer, node: Node) -> None:
+    """a * sigmoid(b): the two halves are made together."""
+    x = arguments(node)[0]
+    dim = argument(node, 1, "dim", -1) % len(shape(x))
+    fields = []
+    for each in tracer.flow(x):
+        labels = each.labels
+        if dim in each.dims:
+            first, second = labels.chunk(2, dim)
+            tracer.unite(first, second, f"{tracer.where(node)} joins unlike channels")
+            labels = first
+        fields.append(replace(each, labels=labels, neuron="general"))
+    tracer.emit(node, fields)
