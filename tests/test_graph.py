@@ -345,7 +345,6 @@ def test_pooling_that_gives_indices_too():
 
 
 PINS = {
-    "GLU": "`aten.glu` in 1",
     "LogSoftmax": "normalises over them",
     "Softmax": "normalises over them",
     "Softmax2d": "normalises over them",
@@ -390,16 +389,13 @@ def test_every_inplace_activation(kind):
 
 
 def test_every_activation_is_in_one_of_the_tests():
-    assert {"MultiheadAttention", "Softmax2d", "GLU"} <= set(activation.__all__) & set(PINS)
+    assert {"MultiheadAttention", "Softmax2d"} <= set(activation.__all__) & set(PINS)
 
 
-def test_glu_and_softmax_2d_pin():
-    check(
-        seeded(lambda: head(nn.Linear(6, 12), nn.GLU(), last=nn.Linear(6, 3))),
-        inputs(7, 6),
-        {},
-        {"0": PINS["GLU"], **LAST},
-    )
+def test_glu_makes_pairs_and_softmax_2d_pins():
+    model = seeded(lambda: head(nn.Linear(6, 12), nn.GLU(), last=nn.Linear(6, 3)))
+    check(model, inputs(7, 6), {"0": "general"}, LAST)
+    assert (model[0].out_features, model.last.in_features) == (6, 3)
     model = seeded(lambda: head(nn.Conv2d(2, 8, 3), nn.Softmax2d(), last=nn.Conv2d(8, 3, 1)))
     check(model, inputs(*IMAGE), {}, {"0": PINS["Softmax2d"], **LAST})
 

@@ -70,6 +70,51 @@ def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int
     return None
 
 
+def _lstm(gates: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (gates + hidden).chunk(4, -1)
+    state = f.sigmoid() * state + i.sigmoid() * g.tanh()
+    return o.sigmoid() * state.tanh(), state
+
+
+def _gru(gates: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    r, z, n = gates.chunk(3, -1)
+    hr, hz, hn = hidden.chunk(3, -1)
+    z = (z + hz).sigmoid()
+    state = (1 - z) * (n + (r + hr).sigmoid() * hn).tanh() + z * state
+    return state, state
+
+
+def _rnn(function: Any) -> Any:
+    return lambda gates, hidden, state: (function(gates + hidden),) * 2
+
+
+_CELLS = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn(torch.tanh), "rnn_relu": _rnn(torch.relu)}
+
+
+def unrolled(
+    kind: str, x: Tensor, states: Any, weights: Sequence[Tensor], biased: bool, layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What torch.lstm, gru and the like compute, one step of one layer after the other; without dropout."""
+    directions, each = 2 if bidirectional else 1, 4 if biased else 2
+    first, second = (states[0], states[1]) if kind == "lstm" else (states, states)
+    layer, ends = x.transpose(0, 1) if batch_first else x, []
+    for i in range(layers):
+        outputs = []
+        for j in range(i * directions, (i + 1) * directions):
+            w, u, *biases = weights[j * each : (j + 1) * each]
+            b, c = biases or (None, None)
+            gates, h, s, steps = F.linear(layer, w, b), first[j], second[j], []
+            for t in reversed(range(len(layer))) if j % directions else range(len(layer)):
+                h, s = _CELLS[kind](gates[t], F.linear(h, u, c), s)
+                steps.append(h)
+            outputs.append(torch.stack(steps[::-1] if j % directions else steps))
+            ends.append((h, s))
+        layer = torch.cat(outputs, -1)
+    last = [torch.stack(parts) for parts in zip(*ends, strict=True)]
+    return (layer.transpose(0, 1) if batch_first else layer, *(last if kind == "lstm" else last[:1]))
+
+
 class Recorder(TorchFunctionMode):
     """Sees every op of a forward pass and keeps the inputs of those that read a known weight.
 
@@ -88,6 +133,9 @@ class Recorder(TorchFunctionMode):
         known = [reader for leaf in tree_leaves((args, kwargs)) for reader in self.readers.get(id(leaf), ())]
         if not known:
             return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _CELLS and len(args) == 9:
+            with self:  # step by step, so that every product is seen
+                return unrolled(func.__name__, *args)
         if "input" in kwargs:  # F.linear(input=x, ...)
             names = [name for name in ("input", "weight", "bias") if name in kwargs]
             args = (*args, *(kwargs[name] for name in names))

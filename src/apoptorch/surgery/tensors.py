@@ -181,6 +181,11 @@ def _norm_attributes(norm: Any) -> dict[str, Any]:
     return {} if tensor is None else {"num_features": tensor.shape[0]}
 
 
+def _recurrent_attributes(rnn: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(rnn.mode, 1)
+    return {"hidden_size": rnn.weight_hh_l0.shape[0] // gates, "input_size": rnn.weight_ih_l0.shape[1]}
+
+
 def _by_weight(*names: str) -> Callable[[Any], dict[str, Any]]:
     """Attributes named in the order of the weight's dimensions."""
     return lambda module: dict(zip(names, _weight_shape(module), strict=True))
@@ -192,4 +197,6 @@ _ATTRIBUTES: list[tuple[type, Callable[[Any], dict[str, Any]]]] = [
     (nn.PReLU, _by_weight("num_parameters")),
     (_ConvNd, _conv_attributes),
     (_NormBase, _norm_attributes),
+    (nn.RNNBase, _recurrent_attributes),
+    (nn.Embedding, lambda module: dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))),
 ]

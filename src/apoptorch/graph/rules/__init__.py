@@ -1,6 +1,6 @@
 """One rule per family of ATen ops. A rule never guesses: what it doesn't know, it pins."""
 
-from . import attention, elementwise, layers, norms, pooling, shapes  # registers the rules
+from . import attention, elementwise, layers, norms, pooling, recurrent, shapes  # registers the rules
 from .elementwise import CONSTANT_OPS, POINTWISE, neuron_name
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "neuron_name",
     "norms",
     "pooling",
+    "recurrent",
     "shapes",
 ]
