@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ZOO := .venv/.zoo
 
-.PHONY: demo test bench-core bench-quick bench bench-tune bench-learning zoo
+.PHONY: demo test bench-core bench-quick bench bench-tune higgs-sim bench-learning zoo
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -43,6 +43,11 @@ bench: $(READY)
 # Chooses learning rate and weight decay of the dense networks on validation data, into benchmarks/recipes.json.
 bench-tune: $(READY)
 	$(BIN)/python -m benchmarks.tune
+
+# Simulates as many events as the full higgs-sim set has, into runs/higgs-sim; goes on where it stopped. About an hour.
+higgs-sim: $(READY)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[higgs]'
+	$(BIN)/python -m benchmarks.higgs_sim runs/higgs-sim
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
