@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from comparison import Task, accuracy, mlp, sgd
 from datasets import Split
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
@@ -36,6 +36,7 @@ def task():
 # -- statistics ----------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8, unique=True), st.floats(0, 0.5))
 def test_non_inferiority_is_the_one_sided_t_test_against_the_margin(differences, margin):
     found = paired(differences, [0.0] * len(differences))
@@ -50,6 +51,7 @@ def test_pairs_are_taken_seed_by_seed_and_one_seed_shows_nothing():
     assert geometric_mean([1, 4]) == pytest.approx(2)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_the_front_is_what_no_other_point_surpasses(points):
     def surpassed(point):

@@ -23,17 +23,10 @@ def groups_of(model: nn.Module, example: Tensor) -> dict[str, ChannelGroup]:
     return {group.name: group for group in found if group.prunable}
 
 
-def index(slot: Slot, width: int) -> Tensor:
-    """[width, inner]: where each channel lies in the slot's dimension."""
-    if hasattr(slot, "index"):
-        return slot.index(width)  # pyright: ignore
-    return torch.arange(width * slot.inner).view(width, slot.inner)
-
-
 def by_channel(model: nn.Module, slot: Slot, width: int) -> Tensor:
     """[width, d]: what each channel has in the slot's tensor."""
     tensor = named_tensors(model)[slot.tensor].detach().movedim(slot.dim, 0)
-    return tensor[index(slot, width)].flatten(1)
+    return tensor[slot.index(width)].flatten(1)
 
 
 def matrices(model: nn.Module, group: ChannelGroup) -> list[Slot]:
@@ -61,24 +54,28 @@ def columns(model: nn.Module, group: ChannelGroup) -> Tensor:
     return torch.cat([by_channel(model, consumer.weight, group.width) for consumer in group.consumers], 1)
 
 
+def selection(group: ChannelGroup, keep: Tensor, coeffs: Tensor | None = None) -> FoldPlan:
+    """These channels stay (sorted); coeffs [n, k]: how they stand in for all, by default for themselves only."""
+    matrix = torch.eye(group.width, dtype=torch.float64)[:, keep] if coeffs is None else coeffs.double()
+    return FoldPlan(group.name, keep, (Fold(matrix),) * len(group.consumers))
+
+
 class Channels(Contender):
     """A contender that removes channels of `groups`; survivors and their momentum stay as they are."""
 
     def begin(self, run: Run) -> None:
         self.run, self.steps = run, 0
         with run.meter.stopped():
-            found = groups_of(run.model, run.data.train_x[: run.task.batch])
-        self.groups = {name: group for name, group in found.items() if getattr(group, "blocks", 1) == 1}
+            self._every = list(groups_of(run.model, run.data.train_x[: run.task.batch]).values())
+        self.groups = {group.name: group for group in self._every if _plain(group)}
 
     def remove_(self, keep: Mapping[str, Tensor], coeffs: Mapping[str, Tensor] | None = None) -> dict[str, int] | None:
-        """Keep these channels (sorted) of the named groups; coeffs [n, k]: how survivors stand in for all."""
+        """Keep these channels of the named groups, see `selection`. Returns all widths, None if nothing went."""
         keep = {name: kept for name, kept in keep.items() if len(kept) < self.groups[name].width}
+        plans = [selection(self.groups[name], kept, coeffs and coeffs[name]) for name, kept in keep.items()]
         with Surgery(self.run.model, [self.run.optimizer]) as surgery:
-            for name, kept in keep.items():
-                group = self.groups[name]
-                matrix = torch.eye(group.width, dtype=torch.float64)[:, kept] if coeffs is None else coeffs[name]
-                plan = FoldPlan(name, kept, (Fold(matrix.double()),) * len(group.consumers))
-                self.groups[name] = surgery.fold_(group, plan)
+            self._every = surgery.fold_all_(self._every, plans)
+        self.groups = {group.name: group for group in self._every if group.name in self.groups}
         return {name: group.width for name, group in self.groups.items()} if keep else None
 
     def calibration(self) -> tuple[Tensor, Tensor]:
@@ -96,16 +93,20 @@ class Narrow(Contender):
 
     def begin(self, run: Run) -> None:
         with run.meter.stopped():
-            groups = groups_of(run.model, run.data.train_x[: run.task.batch])
+            groups = list(groups_of(run.model, run.data.train_x[: run.task.batch]).values())
+            wanted = {group: self.widths.get(group.name, group.width) for group in groups}
+            plans = [selection(group, group.leading(k)) for group, k in wanted.items() if k < group.width]
             with Surgery(run.model, [run.optimizer]) as surgery:
-                for group in groups.values():
-                    if (width := self.widths.get(group.name, group.width)) < group.width:
-                        kept = group.leading(width) if hasattr(group, "leading") else torch.arange(width)  # pyright: ignore
-                        coeffs = torch.eye(group.width, dtype=torch.float64)[:, kept]
-                        surgery.fold_(group, FoldPlan(group.name, kept, (Fold(coeffs),) * len(group.consumers)))
+                surgery.fold_all_(groups, plans)
             for module in run.model.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()  # pyright: ignore
+
+
+def _plain(group: ChannelGroup) -> bool:
+    """No heads, experts or convolution groups: methods that know nothing of them leave such channels alone."""
+    slots = [*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers)]
+    return group.blocks == 1 and all(slot.split is None for slot in slots)
 
 
 def removals(record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from apoptorch.plan import ChannelGroup, Slot
 from apoptorch.surgery import named_tensors
 
-from .channels import Channels, index, matrices
+from .channels import Channels, matrices
 
 PEAK = 0.02  # decay's largest coefficient; chosen here, as are the noise and the interval: theirs vary with the task
 NOISE = 1e-3  # standard deviation, at the first learning rate
@@ -64,7 +64,7 @@ class DeadNeurons(Channels):
             live = self.active[name] > 0
             for slot in matrices(self.run.model, group) if noise else ():
                 tensor = named_tensors(self.run.model)[slot.tensor].data.movedim(slot.dim, 0)
-                place = index(slot, group.width)[live].flatten()
+                place = slot.index(group.width)[live].flatten()
                 tensor[place] += noise * torch.randn(tensor[place].shape, generator=self.random)
         return self.remove_(self.living()) if self.steps % self.interval == 0 else None
 
@@ -89,4 +89,4 @@ class DeadNeurons(Channels):
         flat = x if isinstance(reader, nn.Linear) else x.movedim(1, -1)
         largest = flat.reshape(-1, flat.shape[-1]).amax(0)
         group = self.groups[name]
-        self.active[name] = largest[index(group.consumers[0].weight, group.width)].amax(1)
+        self.active[name] = largest[group.consumers[0].weight.index(group.width)].amax(1)

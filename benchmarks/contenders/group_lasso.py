@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apoptorch.surgery import named_tensors
 
-from .channels import Channels, columns, index, matrices, rows
+from .channels import Channels, columns, matrices, rows
 
 RATIO = 0.25  # theirs
 INTERVAL = 10 / 182  # theirs on CIFAR: 10 of 182 epochs
@@ -68,6 +68,6 @@ class GroupLasso(Channels):
         named, found = named_tensors(self.run.model), []
         for group in self.groups.values():
             for slot in [*matrices(self.run.model, group), *(consumer.weight for consumer in group.consumers)]:
-                tensor, place = named[slot.tensor].data.movedim(slot.dim, 0), index(slot, group.width)
+                tensor, place = named[slot.tensor].data.movedim(slot.dim, 0), slot.index(group.width)
                 found.append((tensor[place], tensor, place))
         return found
