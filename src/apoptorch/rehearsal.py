@@ -4,6 +4,7 @@ A graph can't tell `x.view(-1, 400)` from `x.view(-1, x.shape[1] * 25)`, nor see
 narrowed model runs on tensors without data, and is traced again: it must have the same groups, narrowed.
 """
 
+import logging
 import os
 import traceback
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from .graph import trace
 from .plan import ChannelGroup, Fold, FoldPlan, Slot
 from .surgery import Surgery
 
+_FEW = 16
 _TORCH = os.path.dirname(torch.__file__)
 _Key = tuple[int, frozenset[tuple[str, Slot]]]
 
@@ -55,12 +57,16 @@ def _pinned(
 
 def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
     """How forward() fails, on tensors without data."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, log.disabled = log.disabled, True
     try:
         with calibrating(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             model(*fake[0], **fake[1])
     except Exception as error:  # a forward pass raises whatever the user wrote
         return error
+    finally:
+        log.disabled = quiet
     return None
 
 
@@ -74,6 +80,9 @@ def _blamed(
         where = f"{frame.filename}:{frame.lineno}"
         passing = [g.name for g in groups if g.name in names and where in g.lines]
         if passing and not frame.filename.startswith(_TORCH):
+            if len(passing) <= _FEW:  # one line may do much
+                alone = [name for name in passing if _fails(model, groups, name, args, kwargs)]
+                passing = alone or passing
             told = f"forward() fails with fewer of them at {where}: {frame.line} ({text}; a size written as a number?)"
             return dict.fromkeys(passing, told)
     alone = [name for name in names if len(names) == 1 or _fails(model, groups, name, args, kwargs)]
