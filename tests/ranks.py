@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 20.0  # seconds that a rank waits for the others
+TIMEOUT = 60.0  # seconds that a rank waits for the others
 _context = multiprocessing.get_context("forkserver")  # forked from a process that has imported torch, and no more
 _context.set_forkserver_preload(["torch", "torch.export._trace", "torch.distributed", "apoptorch"])
 
@@ -50,7 +50,7 @@ def outcomes(world, function, *arguments):
         for pipe in pipes:
             try:
                 found.append(
-                    pickle.loads(pipe.recv_bytes()) if pipe.poll(5 * TIMEOUT) else (False, "no answer in time")
+                    pickle.loads(pipe.recv_bytes()) if pipe.poll(4 * TIMEOUT) else (False, "no answer in time")
                 )
             except EOFError:
                 found.append(None)

@@ -1,5 +1,8 @@
 """Real gloo ranks against one process on the same global batches: same widths at every event, same weights."""
 
+import os
+import signal
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -11,8 +14,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptorch import Apoptosis, Policy
-from apoptorch.distributed import fingerprint
+from apoptorch import Apoptosis, ArgumentError, Policy, removal
+from apoptorch.distributed import Ranks, fingerprint
+from apoptorch.errors import AbandonedError, RanksError
 
 POLICY = Policy(payback=0, first_step=8, samples=256, gap=1.6, stop=1.0, price=2.0, tolerance=0.05, multiple=4, floor=4)
 STEPS, BATCH = 24, 64
@@ -98,6 +102,14 @@ def builtin():
     return torch._C._distributed_c10d.BuiltinCommHookType.ALLREDUCE
 
 
+def test_a_compressing_hook_goes_on_after_events():
+    """PowerSGD remembers errors in the shapes of the old buckets; it is lossy, so only the ranks are compared."""
+    one, other = ranks.run(2, train, 2, mlp, torch.optim.SGD, 0.1, 1, None, power)
+    assert one["widths"] == other["widths"]
+    assert one["widths"][-1] != one["widths"][0]
+    assert fingerprint(one["weights"]) == fingerprint(other["weights"])
+
+
 def all_variants(rank, world, names):
     return {name: train(rank, world, **VARIANTS[name]) for name in names}
 
@@ -122,3 +134,160 @@ def test_ranks_train_as_one_process_with_the_same_global_batch(world, names):
             assert_same(found[rank][name], alone)
             assert found[rank][name]["history"] == found[0][name]["history"]
             assert fingerprint(found[rank][name]["weights"]) == fingerprint(found[0][name]["weights"])
+
+
+# Faults: no rank hangs, all do the same
+
+
+def failing(rank, world, fault):
+    """One run in which rank 1 fails at the first event, as `fault` says."""
+    events = []
+    model = mlp()
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+    apoptosis = Apoptosis(
+        ddp,
+        optimizer,
+        example_inputs=share(0, rank, world)[0],
+        loss_fn=F.cross_entropy,
+        total_steps=STEPS,
+        policy=POLICY,
+    )
+    if rank == 1 and fault == "out of memory":
+        fail_once(removal, "select", torch.OutOfMemoryError("tried to allocate 80 GiB"))
+    if rank == 1 and fault == "surgery":
+        fail_once(removal.Surgery, "fold_", RuntimeError("no room"))
+    for i in range(STEPS):
+        x, y = share(i, rank, world)
+        optimizer.zero_grad()
+        F.cross_entropy(ddp(x), y).backward()
+        optimizer.step()
+        before = fingerprint(dict(model.named_parameters()))
+        bad = rank == 1 and i + 1 == 7
+        if bad and fault == "NaN":
+            x = x * torch.nan
+        if bad and fault == "empty":
+            x, y = x[:0], y[:0]
+        with pytest.warns(UserWarning, match="abandoned") if i + 1 == 8 else nullcontext():
+            event = apoptosis.step(x, targets=y)
+        if event is not None and not event.changes:
+            assert fingerprint(dict(model.named_parameters())) == before
+        events += [] if event is None else [event.to_json()]
+    return {"events": events, "weights": fingerprint(dict(model.named_parameters()))}
+
+
+def fail_once(owner, name, error):
+    original = getattr(owner, name)
+
+    def replacement(*args, **options):
+        setattr(owner, name, original)
+        raise error
+
+    setattr(owner, name, replacement)
+
+
+def several_faults(rank, world, faults):
+    return [failing(rank, world, fault) for fault in faults]
+
+
+FAULTS = {
+    "out of memory": "searching failed: rank 1: OutOfMemoryError: tried to allocate 80 GiB",
+    "surgery": "removing neurons failed: rank 1: RuntimeError: no room",
+    "NaN": "checking the data failed: rank 1: ArgumentError: `inputs` must be finite, got 320 NaN",
+    "empty": "checking the data failed: rank 1: ArgumentError: `inputs` must not be empty",
+}
+
+
+def test_what_fails_on_one_rank_is_abandoned_on_all_and_training_goes_on():
+    found = ranks.run(2, several_faults, 2, list(FAULTS))
+    for (fault, reason), one, other in zip(FAULTS.items(), *found, strict=True):
+        assert one == other, fault
+        first, *later = one["events"]
+        assert first["step"] == 8
+        assert first["rolled_back"]
+        assert first["widths_after"] == first["widths_before"]
+        assert first["reason"].startswith(f"abandoned on all ranks, {reason}")
+        assert any(event["changes"] and not event["rolled_back"] for event in later)
+
+
+def dying(rank, world):
+    """Rank 1 is killed inside its part of the search; what the other one sees, and after how long."""
+
+    def die(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        removal.select = die
+    model = DistributedDataParallel(mlp())
+    apoptosis = Apoptosis(model, example_inputs=X[:4], loss_fn=F.cross_entropy, policy=POLICY)
+    before, start = fingerprint(model.module.state_dict()), time.monotonic()
+    with pytest.raises(RanksError) as raised:
+        apoptosis.apoptose(X[:256], targets=Y[:256])
+    assert fingerprint(model.module.state_dict()) == before
+    return str(raised.value), time.monotonic() - start
+
+
+def test_a_rank_killed_inside_an_event_ends_the_others_in_time():
+    survivor, killed = ranks.outcomes(2, dying, 2)
+    assert killed is None
+    assert survivor[0], survivor[1]
+    text, seconds = survivor[1]
+    assert "can't be reached any more" in text
+    assert "last checkpoint" in text
+    assert seconds < ranks.TIMEOUT + 5
+
+
+def at_the_door(rank, world):
+    """Every difference between ranks, refused by both."""
+    texts = []
+
+    def refused(change=lambda model: None, **arguments):
+        model = DistributedDataParallel(mlp())
+        if rank == 1:
+            change(model.module)
+        settings = {"example_inputs": X[:4], "loss_fn": F.cross_entropy, **arguments}
+        with pytest.raises((ArgumentError, AbandonedError)) as raised:
+            Apoptosis(model, torch.optim.SGD(model.parameters(), 0.1), **settings)
+        texts.append(str(raised.value))
+
+    refused(total_steps=100 + rank)
+    refused(policy="normal" if rank == 0 else "aggressive")
+    refused(lambda model: model.double() and None, example_inputs=X[:4] if rank == 0 else X[:4].double())
+    refused(lambda model: model.__setitem__(4, nn.Linear(48, 5)))
+    refused(lambda model: nn.init.zeros_(model[4].bias))
+    refused(lambda model: model.__setitem__(3, nn.Sigmoid()))
+    refused(protect=() if rank == 0 else ("nothing",))
+    refused(example_inputs=X[:4] if rank == 0 else X[:0])
+    return texts
+
+
+def test_ranks_that_differ_are_refused_at_the_door_on_all_of_them():
+    one, other = ranks.run(2, at_the_door, 2)
+    assert one == other
+    expected = (
+        "`total_steps` must be the same on every rank, got 100, 101 (by rank)",
+        "`policy` must be the same on every rank, got normal, aggressive",
+        "`0.weight` must be the same on every rank, got torch.float32 (64, 10) True, torch.float64",
+        "`4.weight` must be the same on every rank, got torch.float32 (3, 48) True, torch.float32 (5, 48)",
+        "`values of the parameters` must be the same",
+        "channel groups of ranks [1] differ",
+        "`protect` must name modules of the model, got 'nothing'. See model.named_modules(). (ranks [1])",
+        "`example_inputs` must not be empty, got shape (0, 10) (tensor 0). Pass a batch of data. (ranks [1])",
+    )
+    for text, part in zip(one, expected, strict=True):
+        assert part in text
+
+
+def pieces(rank, world):
+    group = Ranks(torch.distributed.group.WORLD)
+    shared = group.shared({"a": 9, "b": 5, "c": 4}, lambda name: (name, group.rank), "working")
+    try:
+        group.agree("plans", [torch.arange(3), 1.0 + (rank == 1) * 2**-52])
+    except AbandonedError as error:
+        return shared, str(error)
+
+
+def test_work_is_shared_out_by_cost_and_one_bit_of_difference_is_seen():
+    for shared, text in ranks.run(2, pieces, 2):
+        assert shared == {"a": ("a", 0), "b": ("b", 1), "c": ("c", 1)}
+        assert text == "abandoned on all ranks: plans of ranks [1] differ from those of rank 0"
