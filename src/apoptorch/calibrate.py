@@ -53,14 +53,15 @@ def merged(batches: Sequence[Batch], size: int = 256) -> list[Batch]:
     """The same inputs in fewer batches of at least `size`, where all tensors are batched and alike in shape."""
     result: list[Batch] = []
     for batch in batches:
-        if result and result[-1].size < size and (joined := _joined(result[-1], batch)) is not None:
-            result[-1] = joined
+        if result and result[-1].size < size and (both := joined(result[-1], batch)) is not None:
+            result[-1] = both
         else:
             result.append(batch)
     return result
 
 
-def _joined(a: Batch, b: Batch) -> Batch | None:
+def joined(a: Batch, b: Batch) -> Batch | None:
+    """The inputs of both as one batch; None where a tensor isn't batched, or differs in the shape of an input."""
     one, spec = tree_flatten((a.args, a.kwargs, a.targets))
     other, same = tree_flatten((b.args, b.kwargs, b.targets))
     for x, y in zip(one, other, strict=False):

@@ -18,46 +18,73 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from apoptorch.distributed import unwrapped
 from apoptorch.errors import CheckpointError, SurgeryError
 from apoptorch.surgery import Surgery, attributes, layout, named_tensors
+from apoptorch.training_state import (
+    decoded,
+    encoded,
+    own_batches,
+    pooled_batches,
+    random_state,
+    set_random_state,
+    state_of,
+)
 
 __all__ = ["load", "save"]
 
 _MANIFEST, _FORMAT, _VERSION, _MAX_BYTES = "manifest.json", "apoptorch", 1, 1 << 28
-_GATHERED = "apoptosis/"
+_GATHERED, _TRAINING, _RANDOM = "apoptosis/", "training/", "random numbers"
 
 
 class _HasState(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | None = None) -> None:
-    """Write `model`, at the widths that it has now, to the directory `path`.
+class _Resumable(Protocol):
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | None = None, **training: Any) -> None:
+    """Write `model`, at the widths that it has now, and what is given of its training to the directory `path`.
 
     Args:
-        model: the model itself, without DDP or torch.compile around it.
+        model: the model, also inside DDP or torch.compile. With DDP, all ranks call this; the first one writes.
         path: made if need be; a checkpoint that is there is replaced in one step.
         apoptosis: its state goes into the manifest.
+        training: what else a resumed run needs, by any names: objects with a state_dict (optimizer, scheduler, scaler)
+            and plain data (epoch=3). With any of them, the generators of random numbers are saved too.
 
     Raises:
-        CheckpointError: `path` is a file, or the model has state that isn't tensors.
+        CheckpointError: `path` is a file, or something has state that is neither tensors nor plain data.
+        AbandonedError: with DDP, the same on all ranks.
     """
-    path, tied = Path(path), {name: first for name, (_, first) in layout(model).items()}
+    model, ranks = unwrapped(model)
+    state = None if apoptosis is None else pooled_batches(apoptosis.state_dict(), ranks)
+    extras = {name: state_of(item) for name, item in training.items()}
+    extras |= {_RANDOM: ranks.gather(random_state())} if training else {}
+    with ranks.together("saving"):
+        if ranks.rank == 0:
+            _write(model, Path(path), state, extras)
+
+
+def _write(model: nn.Module, path: Path, state: Any, extras: dict[str, Any]) -> None:
+    tied = {name: first for name, (_, first) in layout(model).items()}
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items() if tied[name] == name}
     extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
     problems = [f"`{name}` must be a tensor, got extra state. Save it beside the checkpoint." for name in extra]
     if path.exists() and not path.is_dir():
         problems.append(f"`path` must be a directory, got a file ({path}). Choose another name.")
     _raise(problems)
-    state = None if apoptosis is None else _without_tensors(apoptosis.state_dict(), tensors)
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
         "file": f"model-{uuid.uuid4().hex}.safetensors",
-        "tensors": {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()},
         "tied": {name: first for name, first in tied.items() if first != name},
         "attributes": _all_attributes(model),
-        "apoptosis": state,
+        "apoptosis": None if state is None else _without_tensors(state, tensors),
+        "training": {name: encoded(item, tensors, f"{_TRAINING}{name}") for name, item in extras.items()},
+        "tensors": {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()},
     }
     text = json.dumps(manifest, indent=1)
     path.mkdir(parents=True, exist_ok=True)
@@ -74,39 +101,76 @@ def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | 
             old.unlink()
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any] | None:
+def load(
+    model: nn.Module, path: str | os.PathLike[str], apoptosis: _Resumable | None = None, **training: Any
+) -> dict[str, Any] | None:
     """Narrow a model that is built at full size to the widths of the checkpoint at `path`, and fill it.
 
-    Load before the optimizer is built: `load(model, path)`, `Adam(model.parameters())`,
-    `optimizer.load_state_dict(...)`.
+    To resume a run, build all as at its start and give `load` what `save` was given: `apoptosis` narrows its optimizers
+    and followers, every object of `training` loads its own state (plain data comes back in the result), and the
+    generators of random numbers go on. The number of ranks may be another one. Without them, load before the optimizer
+    is built: `load(model, path)`, `Adam(model.parameters())`, `optimizer.load_state_dict(...)`.
 
     Returns:
-        The state of the apoptosis that was saved with it, for its `load_state_dict`; None if there was none.
+        The state of the apoptosis that was saved with it, None if there was none; with `training`, its plain data.
 
     Raises:
         CheckpointError: every reason why the checkpoint can't be read or doesn't fit; nothing was changed.
+        AbandonedError: with DDP, it can't be read on some ranks; nothing was changed on any.
     """
-    manifest = _read_manifest(Path(path))
+    model, ranks = unwrapped(model)
+    with ranks.together("reading the checkpoint"):
+        manifest, values, gathered, extras = _read(model, Path(path), apoptosis, training)
+    with ranks.rebuilding():
+        if apoptosis is not None:
+            apoptosis.load_state_dict(own_batches(_with_tensors(manifest["apoptosis"], gathered), ranks))
+        with Surgery(model) as surgery:
+            surgery.narrow_({name: list(value.shape) for name, value in values.items()})
+            surgery.fill_(values)
+    for name, item in training.items():
+        if hasattr(item, "load_state_dict"):
+            item.load_state_dict(extras.pop(name))
+    if not training:
+        return _with_tensors(manifest["apoptosis"], gathered)
+    set_random_state(extras.pop(_RANDOM), ranks)
+    return extras
+
+
+def _read(
+    model: nn.Module, path: Path, apoptosis: Any, training: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The manifest; the tensors of the model and of the apoptosis; what else was saved. The model is left as it was."""
+    manifest = _read_manifest(path)
     shapes = {name: entry["shape"] for name, entry in _of_model(manifest).items()}
-    values, problems = _read_tensors(Path(path) / manifest["file"], manifest)
+    values, problems = _read_tensors(path / manifest["file"], manifest)
     gathered = {name: values.pop(name) for name in [*values] if name.startswith(_GATHERED)}
+    others = {name: values.pop(name) for name in [*values] if name.startswith(_TRAINING)}
     problems += _name_problems(model, manifest)
+    saved = manifest.get("training", {})
+    if apoptosis is not None and manifest["apoptosis"] is None:
+        problems.append("`apoptosis` must be None, as the checkpoint has none, got one. Load without it.")
+    for name in training:
+        if name not in saved or name == _RANDOM:
+            known = ", ".join(sorted(saved.keys() - {_RANDOM})) or "nothing"
+            problems.append(f"`{name}` must be in the checkpoint, got only {known}. Load what was saved.")
     known = named_tensors(model)
     try:
         with Surgery(model) as surgery:
             surgery.narrow_({name: shape for name, shape in shapes.items() if name in known})
             if not problems:
-                found = _all_attributes(model)
-                problems += _differences("attributes of", manifest["attributes"], found)
-            _raise(problems)
-            surgery.fill_(values)
+                problems += _differences("attributes of", manifest["attributes"], _all_attributes(model))
+            surgery.undo_()
     except SurgeryError as error:
-        _raise([*problems, *str(error).split("\n")])
-    return _with_tensors(manifest["apoptosis"], gathered)
+        problems += str(error).split("\n")
+    _raise(problems)
+    try:
+        return manifest, values, gathered, {name: decoded(item, others) for name, item in saved.items()}
+    except RecursionError as error:
+        raise CheckpointError("`training` must be what `save` wrote, got a deeper one. It is damaged.") from error
 
 
 def _of_model(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {name: entry for name, entry in manifest["tensors"].items() if not name.startswith(_GATHERED)}
+    return {n: entry for n, entry in manifest["tensors"].items() if not n.startswith((_GATHERED, _TRAINING))}
 
 
 def _without_tensors(state: Any, found: dict[str, Tensor]) -> Any:
@@ -155,6 +219,8 @@ def _manifest_problems(manifest: Any) -> Iterator[str]:
             yield f"`{key}` must be an object, got {type(manifest.get(key)).__name__}."
     if not isinstance(manifest.get("apoptosis", ""), dict | None):
         yield f"`apoptosis` must be an object or null, got {manifest.get('apoptosis', 'nothing')!r}."
+    if not isinstance(manifest.get("training", {}), dict):
+        yield f"`training` must be an object, got {manifest['training']!r}."
     tensors = manifest.get("tensors")
     for name, entry in tensors.items() if isinstance(tensors, dict) else ():
         shape = entry.get("shape") if isinstance(entry, dict) else None

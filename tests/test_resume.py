@@ -1,0 +1,249 @@
+"""Runs that are killed or moved to other ranks, and go on from their last checkpoint."""
+
+import json
+import math
+import os
+import random
+import signal
+import sys
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_distributed import BATCH, POLICY, STEPS, X, assert_same, mlp, share, timeless
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from apoptorch import Apoptosis, CheckpointError, load, save
+from apoptorch.distributed import fingerprint
+from apoptorch.training_state import decoded, encoded
+
+KILLS = 30
+
+
+class Run:
+    """A run with all that has state: optimizer, scheduler, scaler, EMA copy, dropout, batch norm, shuffled data."""
+
+    def __init__(self):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+        self.model = nn.Sequential(
+            nn.Linear(10, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 24), nn.Tanh(),
+            nn.Linear(24, 3),
+        )  # fmt: skip
+        self.ema = AveragedModel(self.model, avg_fn=lambda old, new, _: 0.9 * old + 0.1 * new)
+        optimizer = torch.optim.AdamW(self.model.parameters(), 0.01)
+        self.parts = {
+            "optimizer": optimizer,
+            "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 15], 0.5),
+            "scaler": torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=5),
+            "ema": self.ema,
+        }
+        self.apoptosis = Apoptosis(
+            self.model, optimizer, example_inputs=X[:BATCH], loss_fn=F.cross_entropy, total_steps=STEPS, policy=POLICY,
+            followers=[self.ema],
+        )  # fmt: skip
+        self.step = 0
+
+    def resume(self, folder):
+        self.step = load(self.model, folder, self.apoptosis, **self.parts, step=0)["step"]
+
+    def train(self, end, folder=None):
+        optimizer, scaler = self.parts["optimizer"], self.parts["scaler"]
+        for i in range(self.step, end):
+            x, y = share(i, 0, 1)
+            x = x + 0.01 * random.random() + 0.01 * np.random.rand()  # noqa: NPY002
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(self.model(x), y)).backward()
+            scaler.step(optimizer), scaler.update()
+            self.parts["scheduler"].step()
+            self.ema.update_parameters(self.model)
+            self.apoptosis.step(x, targets=y)
+            if folder is not None and i % 2:
+                save(self.model, folder, self.apoptosis, **self.parts, step=i + 1)
+
+    def result(self):
+        states = [item.state_dict() for item in (self.model, *self.parts.values())]
+        history = timeless([event.to_json() for event in self.apoptosis.history])
+        return {"bits": fingerprint([*states, torch.get_rng_state(), random.getstate()]), "history": history}
+
+
+def life(folder, moment, pipe):
+    """One process: resumes if it can, and is killed at the given call of a function, counted from there on."""
+    run, calls = Run(), 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            names = set[str]()
+            while frame is not None:
+                names.add(frame.f_code.co_name)
+                frame = frame.f_back
+            os.write(pipe, b"e" if "remove_" in names else b"s" if "save" in names else b"t")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    if (folder / "manifest.json").exists():
+        run.resume(folder)
+    run.train(STEPS, folder)
+    sys.setprofile(None)
+    return run.result(), calls
+
+
+def lives(_, folder):
+    """Forks one process after the other, from one that has all compiled; each but the last is killed."""
+    unbroken = Run()
+    unbroken.train(STEPS)
+    reader, writer = os.pipe()
+    result, calls = life(Path(folder) / "whole", -1, writer)
+    dice, round_, ends = random.Random(0), 0, []
+    while len(ends) < KILLS:
+        round_ += 1
+        while True:
+            pid = os.fork()
+            if pid == 0:
+                end = life(Path(folder) / str(round_), dice.randrange(calls // 5) if len(ends) < KILLS else -1, writer)
+                (Path(folder) / f"{round_}.json").write_text(json.dumps(end[0]))
+                os._exit(0)
+            dice.random()  # the child's draw is not the parent's
+            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+                break
+            ends.append(os.read(reader, 1).decode())
+    found = [json.loads((Path(folder) / f"{i + 1}.json").read_text()) for i in range(round_)]
+    return json.loads(json.dumps(unbroken.result())), json.loads(json.dumps(result)), found, ends
+
+
+def test_a_run_killed_thirty_times_ends_as_the_one_that_was_not(tmp_path):
+    (unbroken, whole, found, ends) = ranks.run(1, lives, str(tmp_path))[0]
+    assert sum(not event["rolled_back"] for event in unbroken["history"]) >= 2
+    assert whole == unbroken  # saving changes nothing
+    assert len(ends) >= KILLS
+    assert {"e", "s", "t"} <= set(ends)  # inside events, saves, and ordinary training
+    for result in found:
+        assert result == unbroken
+
+
+def segment(rank, world, folder, begin, end):
+    """Steps `begin` to `end` on so many ranks, resumed from and saved to `folder`."""
+    model = mlp()
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.Adam(wrapped.parameters(), 0.01)
+    apoptosis = Apoptosis(
+        wrapped, optimizer, example_inputs=share(0, rank, world)[0], loss_fn=F.cross_entropy, total_steps=STEPS,
+        policy=POLICY,
+    )  # fmt: skip
+    widths = []
+    if begin:
+        assert load(wrapped, folder, apoptosis, optimizer=optimizer, step=None) == {"step": begin}
+    gathered = len(apoptosis.state_dict()["batches"])
+    for i in range(begin, end):
+        x, y = share(i, rank, world)
+        optimizer.zero_grad()
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        apoptosis.step(x, targets=y)
+        widths.append([group.width for group in apoptosis.groups])
+    if end < STEPS:
+        save(wrapped, folder, apoptosis, optimizer=optimizer, step=end)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {"widths": widths, "weights": weights, "gathered": gathered}
+
+
+def journey(folder, *stages):
+    """(ranks, last step) one after the other; widths of all steps, and the last weights."""
+    widths, begin, last = [], 0, None
+    for world, end in stages:
+        every = ranks.run(world, segment, world, folder, begin, end)
+        last = every[0]
+        assert all(fingerprint(other) == fingerprint(last) for other in every)
+        widths, begin = widths + last["widths"], end
+    assert last is not None
+    return {**last, "widths": widths}
+
+
+def test_a_run_goes_on_on_any_number_of_ranks(tmp_path):
+    whole = journey(str(tmp_path), (1, STEPS))
+    looks = [i for i in range(1, STEPS) if whole["widths"][i] != whole["widths"][i - 1]]
+    assert len(looks) >= 2
+    middle = looks[1] - 1  # while data for the second event is being gathered
+    for later in ([(1, STEPS)], [(4, looks[1] + 1), (1, STEPS)]):
+        found = journey(str(tmp_path / str(len(later))), (2, middle), *later)
+        assert_same(found, whole)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.just("!"), inner)
+        | st.dictionaries(st.integers() | st.tuples(st.integers(), st.text()), inner).map(OrderedDict)
+    ),
+    max_leaves=12,
+)
+
+
+@given(plain)
+@settings(deadline=None)
+def test_plain_data_comes_back_from_json_as_it_was(value):
+    tensors = {}
+    text = json.dumps(encoded(value, tensors, "x"), allow_nan=False)
+    found = decoded(json.loads(text), tensors)
+    assert repr(found) == repr(value)  # nan is not equal to itself
+
+
+def test_tensors_and_counters_come_back_and_objects_are_refused():
+    value = {
+        "state": {0: {"step": torch.tensor(3.0)}, 1: [torch.arange(2)]},
+        "c": Counter([5, 5, 7]),
+        "n": np.float64(2),
+    }
+    tensors = {}
+    found = decoded(json.loads(json.dumps(encoded(value, tensors, "optimizer"))), tensors)
+    assert found["c"] == Counter([5, 5, 7])
+    assert type(found["c"]) is Counter
+    assert found["n"] == 2.0
+    assert torch.equal(found["state"][1][0], torch.arange(2))
+    assert all(name.startswith("optimizer/") for name in tensors)
+    with pytest.raises(
+        CheckpointError, match="`optimizer/lambda` must be numbers, text, lists, dicts or tensors, got fun"
+    ):
+        encoded({"lambda": lambda: 0}, {}, "optimizer")
+
+
+DAMAGES = [
+    {"!": "tensor", "of": "elsewhere"}, {"!": "tensor", "of": []}, {"!": "module", "of": "os"}, {"!": "tuple", "of": 3},
+    {"!": "float", "of": "huge"}, {"!": "dict", "of": [[[], 1]]}, {"!": [], "of": 1}, {"!": "dict"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_training_state_that_is_not_to_be_trusted(tmp_path, damage):
+    model = mlp()
+    save(model, tmp_path, step=3)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["training"]["step"] = [damage]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    before = fingerprint(model.state_dict())
+    with pytest.raises(CheckpointError, match="`training` must be what `save` wrote"):
+        load(model, tmp_path, step=None)
+    assert fingerprint(model.state_dict()) == before
+
+
+def test_what_was_not_saved_is_named(tmp_path):
+    model, generator = mlp(), torch.get_rng_state()
+    save(model, tmp_path, epoch=3, best=math.inf)
+    torch.manual_seed(5)
+    assert load(mlp(), tmp_path, epoch=None) == {"epoch": 3, "best": math.inf}
+    assert torch.equal(torch.get_rng_state(), generator)
+    with pytest.raises(CheckpointError) as raised:
+        load(model, tmp_path, Apoptosis(model, example_inputs=X[:4]), optimizer=torch.optim.SGD(model.parameters()))
+    assert "`apoptosis` must be None, as the checkpoint has none" in str(raised.value)
+    assert "`optimizer` must be in the checkpoint, got only best, epoch" in str(raised.value)
