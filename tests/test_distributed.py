@@ -154,7 +154,7 @@ def failing(rank, world, fault):
         policy=POLICY,
     )
     if rank == 1 and fault == "out of memory":
-        fail_once(removal, "select", torch.OutOfMemoryError("tried to allocate 80 GiB"))
+        fail_once(removal, "select_blocks", torch.OutOfMemoryError("tried to allocate 80 GiB"))
     if rank == 1 and fault == "surgery":
         fail_once(removal.Surgery, "fold_", RuntimeError("no room"))
     for i in range(STEPS):
@@ -217,7 +217,7 @@ def dying(rank, world):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        removal.select = die
+        removal.select_blocks = die
     model = DistributedDataParallel(mlp())
     apoptosis = Apoptosis(model, example_inputs=X[:4], loss_fn=F.cross_entropy, policy=POLICY)
     before, start = fingerprint(model.module.state_dict()), time.monotonic()

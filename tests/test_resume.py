@@ -158,14 +158,14 @@ def segment(rank, world, folder, begin, end):
 
 def journey(folder, *stages):
     """(ranks, last step) one after the other; widths of all steps, and the last weights."""
-    widths, begin, last = [], 0, None
+    widths, gathered, begin, last = [], [], 0, None
     for world, end in stages:
         every = ranks.run(world, segment, world, folder, begin, end)
         last = every[0]
         assert all(fingerprint(other) == fingerprint(last) for other in every)
-        widths, begin = widths + last["widths"], end
+        widths, gathered, begin = widths + last["widths"], [*gathered, last["gathered"]], end
     assert last is not None
-    return {**last, "widths": widths}
+    return {**last, "widths": widths, "gathered": gathered}
 
 
 def test_a_run_goes_on_on_any_number_of_ranks(tmp_path):
@@ -176,6 +176,7 @@ def test_a_run_goes_on_on_any_number_of_ranks(tmp_path):
     for later in ([(1, STEPS)], [(4, looks[1] + 1), (1, STEPS)]):
         found = journey(str(tmp_path / str(len(later))), (2, middle), *later)
         assert_same(found, whole)
+        assert found["gathered"][1] > 0
 
 
 plain = st.recursive(

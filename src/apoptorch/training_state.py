@@ -35,7 +35,7 @@ def encoded(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return {_KIND: "float", "of": str(value)}
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if type(value) in (list, tuple):
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
         items = [encoded(item, tensors, f"{where}/{i}") for i, item in enumerate(value)]
         return items if type(value) is list else {_KIND: "tuple", "of": items}
     if type(value).__name__ in _MAPPINGS and isinstance(value, dict):
