@@ -27,6 +27,8 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     for types, sizes in _ATTRIBUTES:
         if isinstance(module, types):
             return sizes(module)
+    if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys():  # transformers
+        return {"nx": module.weight.shape[0], "nf": module.weight.shape[1]}
     return {}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from ..labels import Field, compact, reshaped, widened
-from ..tracer import Flow, Tracer, argument, arguments, op_name, rule, shape
+from ..tracer import Tracer, argument, arguments, op_name, rule, shape
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
@@ -171,4 +171,31 @@ def pixel_shuffle(tracer: Tracer, node: Node) -> None:
     tracer.emit(node, fields)
 
 
-_ = Flow
+@rule("index")
+def index(tracer: Tracer, node: Node) -> None:
+    """x[rows]: one index, along a dimension without channels."""
+    x, indices = arguments(node)[0], arguments(node)[1]
+    given = [d for d, each in enumerate(indices) if each is not None]
+    fields = []
+    for each in tracer.flow(x):
+        if len(given) != 1 or given[0] in each.dims or indices[given[0]].meta["val"].dtype == torch.bool:
+            tracer.pin(each.labels, f"{tracer.where(node)} has no rule for these channels")
+            continue
+        labels = each.labels.squeeze(given[0])
+        for _ in shape(indices[given[0]]):
+            labels = labels.unsqueeze(given[0])
+        fields.append(replace(each, labels=labels))
+    tracer.emit(node, fields)
+
+
+@rule("index_add")
+def index_add(tracer: Tracer, node: Node) -> None:
+    """Rows are added to other rows that have the same channels."""
+    x, dim, _, source = arguments(node)[:4]
+    fields = [*tracer.flow(x), *tracer.flow(source)]
+    dim %= len(shape(x))
+    ok = all(dim not in each.dims for each in fields) and bool(tracer.flow(x)) == bool(tracer.flow(source))
+    if not ok:
+        tracer.pin_flow(fields, f"{tracer.where(node)} has no rule for these channels")
+        return
+    tracer.emit(node, (replace(each, neuron="general") for each in tracer.join(node, fields)))
