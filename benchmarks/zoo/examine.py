@@ -1,5 +1,6 @@
 """What apoptosis does with one model: traced, halved, trained, saved and loaded; as plain data."""
 
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from apoptorch.rehearsal import rehearsed
 from apoptorch.surgery import named_tensors
 from tests.planted import entries, loss, makers, opened, outputs, write_
 
+_PLACE = re.compile(r"/[^ \"]*/(?=site-packages/|benchmarks/)(site-packages/)?")  # where this machine keeps a file
 HALVING = Policy(price=1e30, steepest=2.0, tolerance=1e30, guard=1e30, multiple=1, floor=1, rebalance=False)
 
 
@@ -35,7 +37,7 @@ def traced(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dic
     reasons: dict[str, list[ChannelGroup]] = {}
     for group in groups:
         if group.reason:
-            reasons.setdefault(group.reason, []).append(group)
+            reasons.setdefault(_PLACE.sub("", group.reason), []).append(group)
     shares = {reason: coverage(model, [*prunable, *pinned]) - open_ for reason, pinned in reasons.items()}
     return {
         "trace_s": seconds, "nodes": nodes[0], "parameters": sum(p.numel() for p in model.parameters()),
