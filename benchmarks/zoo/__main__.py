@@ -6,6 +6,7 @@ for Torch-Pruning, the same version of it) is skipped, so an interrupted run goe
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -70,6 +71,8 @@ def _work(name: str, contender: str, pipe: Connection) -> None:
         os.dup2(nothing.fileno(), 2)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    seconds = math.ceil(SECONDS[contender])  # also where nobody is left to end it
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     torch.set_num_threads(1)
     try:
         for found in CONTENDERS[contender](ZOO[name]):
