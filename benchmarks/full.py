@@ -68,6 +68,16 @@ def measure(name: str, task: Task, data: Split, seed: int, reference: dict[str, 
     return summary | memory | {"inference_s": inference_seconds(model, data, task.batch)}
 
 
+def attempt(name: str, task: Task, data: Split, seed: int, reference: dict[str, Any] | None) -> dict[str, Any]:
+    """`measure`; a contender that can't do the task must not end the benchmark: its record says `error` instead."""
+    if reference is None and CONTENDERS[name].follows:
+        return {"error": f"no run of {REFERENCE} to follow"}
+    try:
+        return measure(name, task, data, seed, reference)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+
+
 @torch.no_grad()
 def inference_seconds(model: nn.Module, data: Split, batch: int) -> float:
     """Seconds for 1,000 test examples in batches of the training's size: the median of five passes."""
@@ -138,12 +148,12 @@ def main() -> None:
                 return
             data = loaded(name, args.quick)
             run["examples"] = len(data.train_x)
-            run |= measure(contender, suite.task(name, chosen), data, seed, references.get((name, seed)))
+            run |= attempt(contender, suite.task(name, chosen), data, seed, references.get((name, seed)))
             append(run, results)
             done[key(run)] = run
-            shown = {k: round(run[k], 4) for k in ("wall_s", "metric", "parameters")}
-            print(f"{name}, {contender}, seed {seed}: {shown}, widths {run['widths']}", flush=True)
-        if contender == REFERENCE:
+            shown = [f"{k} {run[k]:.5g}" for k in ("wall_s", "metric", "parameters") if k in run]
+            print(f"{name}, {contender}, seed {seed}: {run.get('error') or ', '.join(shown)}", flush=True)
+        if contender == REFERENCE and "error" not in done[key(run)]:
             references[name, seed] = done[key(run)]
 
 

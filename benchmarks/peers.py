@@ -42,7 +42,7 @@ def by_task(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, Run]]]:
     found: dict[str, dict[str, dict[int, Run]]] = {}
     for name in suite.BENCHMARKS:
         for run in runs:
-            if run["task"] == name and run["recipe"] == latest[name]:
+            if run["task"] == name and run["recipe"] == latest[name] and "error" not in run:
                 found.setdefault(name, {}).setdefault(run["contender"], {})[run["seed"]] = run
     return {name: task for name, task in found.items() if "dense" in task}
 
@@ -167,6 +167,8 @@ def page(runs: Sequence[Run], figures: Path, source: str) -> str:
     lost = [line for name, task in tasks.items() for line in losses(name, task)]
     parts += ["## Where it loses\n", "Every task on which apoptosis, policy normal, falls short.\n"]
     parts += lost or ["Nothing was measured yet." if not tasks else "- Nowhere in what was measured."]
+    failed = {f"- {run['contender']} on {run['task']}: {run['error']}." for run in runs if "error" in run}
+    parts += ["\n## What could not be run\n", *sorted(failed)] if failed else []
     places = {
         f"{r['machine']['cpu']}, {r['machine']['threads']} threads, torch {r['torch']}, commit {r['commit']}"
         for r in runs

@@ -1,5 +1,6 @@
 """Tests of the full benchmark's machinery: what is run, what is measured, what the page says of it."""
 
+import dataclasses
 import json
 import random
 
@@ -149,6 +150,15 @@ def test_a_benchmark_goes_on_where_it_stopped_and_measures_again_after_a_change(
     assert runs() == first
     state["commit"] = "def"
     assert len(runs()) == 8
+
+
+def test_a_contender_that_fails_is_recorded_and_does_not_end_the_benchmark(task, data, tmp_path):
+    broken = dataclasses.replace(task, batch=0)
+    error = full.attempt("dense", broken, data, 0, None)["error"]
+    assert error.startswith("ZeroDivisionError")
+    assert full.attempt("merging", task, data, 0, None) == {"error": "no run of apoptosis to follow"}
+    page = peers.page([record("merging", error=error)], tmp_path, "x")
+    assert f"merging on lenet-5: {error}" in page
 
 
 def test_peak_memory_is_that_since_the_reset():

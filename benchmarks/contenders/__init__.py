@@ -19,10 +19,12 @@ SEARCH = "random-width"
 
 @dataclass(frozen=True)
 class Entry:
-    """make(record of the seed's run with apoptosis) -> a contender; `about`: one line for the page."""
+    """make(record of the seed's run with apoptosis) -> a contender; `about`: one line for the page; `follows`: it needs
+    that record."""
 
     about: str
     make: Callable[[Mapping[str, Any]], Contender]
+    follows: bool = False
 
 
 CONTENDERS = {
@@ -33,18 +35,26 @@ CONTENDERS = {
     "weights-only": Entry(
         "the paper's kind of apoptosis: closed forms of the weights, no data", lambda _: WeightsOnly()
     ),
-    "hindsight": Entry("the final architecture of apoptosis, from scratch", lambda run: Narrow(final_widths(run))),
+    "hindsight": Entry(
+        "the final architecture of apoptosis, from scratch", lambda run: Narrow(final_widths(run)), follows=True
+    ),
     SEARCH: Entry(
         "networks of random widths with about its parameters, in the same total time; best on validation data",
         lambda run: Narrow(final_widths(run)),
+        follows=True,
     ),
     "torch-pruning-magnitude": Entry(
         "Torch-Pruning 1.6.1 at its steps, to its number of parameters, by magnitude",
         lambda run: TorchPruning(run, "magnitude"),
+        follows=True,
     ),
-    "torch-pruning-taylor": Entry("the same by Taylor importance", lambda run: TorchPruning(run, "taylor")),
+    "torch-pruning-taylor": Entry(
+        "the same by Taylor importance", lambda run: TorchPruning(run, "taylor"), follows=True
+    ),
     "merging": Entry(
-        "neuron merging without data (Kim et al. 2020) at its steps, to its widths", lambda run: Merging(run)
+        "neuron merging without data (Kim et al. 2020) at its steps, to its widths",
+        lambda run: Merging(run),
+        follows=True,
     ),
     "group-lasso": Entry("group lasso after PruneTrain (Lym et al. 2019), penalty ratio 0.25", lambda _: GroupLasso()),
     "group-lasso-strong": Entry("the same, penalty ratio 0.75", lambda _: GroupLasso(0.75)),
