@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ZOO := .venv/.zoo
 
-.PHONY: demo test bench-core bench-quick bench bench-tune higgs-sim bench-learning zoo
+.PHONY: demo test docs dist bench-core bench-quick bench bench-tune higgs-sim bench-learning zoo
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,18 @@ test: $(READY)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+
+# The documentation's site, into build/site.
+docs: $(READY)
+	PYTHONPATH=src $(BIN)/mkdocs build --strict --quiet
+
+# Wheel and sdist; then the README's snippet and the command line in a fresh environment with the wheel alone.
+dist: $(READY)
+	rm -rf dist build/fresh && $(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/pip install --quiet -c constraints.txt dist/*.whl
+	build/fresh/bin/python -c 'import re; exec(re.search("\x60{3}python\n(.*?)\x60{3}", open("README.md").read(), re.S)[1])'
+	build/fresh/bin/apoptorch doctor
 
 bench-core: $(READY)
 	$(BIN)/python -m benchmarks.core

@@ -128,6 +128,8 @@ def test_help_names_every_command_and_the_exit_codes():
 def test_shrink_by_weights_alone_writes_what_load_reads(nets):
     found = answer("shrink", "my_nets:build", "--input", "4x20", "--out", "small")
     assert found["event"]["widths_after"]["0"] == 32
+    layers = json.loads((nets / "small" / "architecture.json").read_text())["layers"]
+    assert layers["0"]["settings"]["out_features"] == 32
     import my_nets
 
     model, full = my_nets.build(), my_nets.build()

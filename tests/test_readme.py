@@ -1,4 +1,4 @@
-"""What README shows must run as it stands."""
+"""What README and the documentation show must run as it stands."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,23 @@ ROOT = Path(__file__).parents[1]
 README = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_blocks_run(code):
-    exec(compile(code, "README.md", "exec"), {})
+BLOCKS = [
+    pytest.param(code, id=f"{page.name}-{i}")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "documentation", "exec"), {})
+
+
+def test_documentation_links_lead_somewhere():
+    for page in (ROOT / "docs").glob("*.md"):
+        for path in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / path).exists(), (page.name, path)
 
 
 def test_named_files_and_targets_exist():

@@ -2,15 +2,21 @@
 
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from tensorboard.backend.event_processing import event_accumulator
+from trainers import POLICY, data, loss_fn, network
 
+from apoptorch import Apoptosis
 from apoptorch.plan import Event
-from apoptorch.report import Record, history_table, write_html
+from apoptorch.report import LiveView, Record, Recorder, TensorBoard, history_table, write_html
 from apoptorch.report.figures import plot_metric, plot_widths, save_comparison
 
 
@@ -84,6 +90,93 @@ def test_html_page_needs_nothing_else_and_escapes_what_it_quotes(tmp_path, histo
     assert "&lt;channels&gt;" in page
     assert ("loss rose by 0.2" in page) == ("<svg" in page) == (events == 2)
     assert ("10,000 parameters before, 2,500 after 2 events, 1 of them undone" in page) == (events == 2)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A real run with a recorder: its sinks' rows, the recorder and the apoptosis."""
+    model, rows = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, y = data(960)
+    apoptosis = Apoptosis(model, optimizer, example_inputs=x[:32], loss_fn=loss_fn, total_steps=30, policy=POLICY)
+    recorder = Recorder(apoptosis, rows.append, every=2)
+    for inputs, targets in zip(x.split(32), y.split(32), strict=True):
+        loss = loss_fn(model(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        apoptosis.step(inputs, targets=targets)
+        recorder.step(loss=loss)
+    return rows, recorder, apoptosis
+
+
+def test_recorder_hands_every_step_and_event_to_its_sinks(recorded):
+    rows, recorder, apoptosis = recorded
+    assert apoptosis.history
+    events = {row["step"]: row for row in rows if "event/seconds" in row}
+    assert list(events) == [event.step for event in apoptosis.history]
+    first = apoptosis.history[0]
+    assert events[first.step]["event/measured"] == first.measured
+    assert events[first.step]["parameters"] == first.parameters_after
+    assert rows[-1]["width/0"] == apoptosis.groups[0].width
+    assert {row["step"] for row in rows} >= set(range(2, 31, 2))
+    assert [step for step, _ in recorder.curves["loss"]] == [row["step"] for row in rows]
+    assert all(isinstance(value, float) for row in rows for value in row.values())
+
+
+def test_a_record_is_read_back_as_it_was_written(recorded, tmp_path):
+    _, recorder, apoptosis = recorded
+    page = recorder.write(tmp_path / "run")
+    record = Record.read(page.with_name("history.json"))
+    assert record.events == [Event.from_json(event.to_json()) for event in apoptosis.history]
+    assert record.curves == recorder.curves
+    assert record.explanations.keys() == {group.name for group in apoptosis.groups}
+    assert record.architecture["layers"]["0"]["settings"]["out_features"] == apoptosis.groups[0].width
+
+
+def test_live_view_prints_lines_where_there_is_no_terminal(recorded):
+    rows, _, apoptosis = recorded
+    console = Console(width=300, file=io.StringIO())
+    with LiveView(30, console) as view:
+        for row in rows:
+            view(row)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) > len(apoptosis.history)
+    assert f"events {len(apoptosis.history)}" in lines[-1]
+    assert "loss" in lines[0]
+
+
+def test_tensorboard_holds_scalars_and_a_histogram(recorded, tmp_path):
+    rows, _, apoptosis = recorded
+    board = TensorBoard(tmp_path)
+    for row in rows:
+        board(row)
+    board.writer.close()
+    read = event_accumulator.EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert [scalar.step for scalar in read.Scalars("apoptosis/loss")] == [row["step"] for row in rows]
+    assert len(read.Histograms("apoptosis/widths")) == len(apoptosis.history)
+
+
+def test_a_browser_draws_every_chart_and_complains_of_nothing(recorded, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    _, recorder, apoptosis = recorded
+    apoptosis.report(str(tmp_path / "report.html"), recorder.curves)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    page = f"file://{tmp_path}/report.html"
+    shown = subprocess.run(
+        [chromium, *flags, f"--user-data-dir={tmp_path}/profile", "--dump-dom", page],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in shown.stderr
+    titles = re.findall("<figcaption>(.*?)</figcaption>", shown.stdout)
+    assert titles[:2] == ["Width of every group that changed", "loss"]
+    assert titles[-2:] == ["Milliseconds per training step", "Seconds saved so far"]
+    assert shown.stdout.count('class="curve"') >= len(titles)
+    for path in re.findall('class="curve"[^>]* d="(.*?)"', shown.stdout):
+        assert path.startswith("M")
+        assert "NaN" not in path
 
 
 def test_the_core_imports_neither_rich_nor_matplotlib():

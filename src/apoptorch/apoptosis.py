@@ -89,6 +89,11 @@ class Apoptosis:
 
     # -- what users call -------------------------------------------------------------------------------------
     @property
+    def model(self) -> nn.Module:
+        """The model itself, without what is wrapped around it."""
+        return self._network.model
+
+    @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """The model's channel groups as they are now."""
         return tuple(self._network.groups)

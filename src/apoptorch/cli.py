@@ -6,9 +6,9 @@ output is one JSON object in every case but the last; a failure is {"error": "..
 
 import copy
 import functools
-import json
 import sys
 from collections.abc import Callable
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .architecture import architecture
 from .checkpoint import save
 from .errors import ApoptosisError, ArgumentError
 from .named_objects import built_model, calibration_data, example_inputs, named_object
@@ -123,6 +124,8 @@ def shrink(
         small, event = _shrink_within(max_loss_increase, full, batches, inputs, settings)
     if out is not None:
         save(small, out)
+        text = dumps(architecture(small), indent=1)
+        (out / "architecture.json").write_text(text, encoding="utf-8")
     table = Table("group", "before", "after")
     for name, before in event.widths_before.items():
         table.add_row(name, f"{before:,}", f"{event.widths_after[name]:,}")
@@ -218,7 +221,7 @@ def doctor(json: Json = False):
 
 
 def _print_json(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer, indent=1))
+    print(dumps(answer, indent=1))
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ measured on data that the plan did not see. bound: largest change of the output 
 the share of inputs whose prediction changes, at the event's confidence.</p>
 <h2>Groups of channels</h2>
 {groups}
+<h2>Architecture</h2>
+{layers}
 </body></html>
 """
 
@@ -44,6 +46,7 @@ def write_html(record: Record, path: str | Path) -> None:
         headline=escape(_headline(record.events)),
         charts="\n".join(_charts(record)),
         events=_table(HEADINGS, (cells(event) for event in record.events), words=("widths", "outcome")),
+        layers=_table(("layer", "type", "shapes"), _layers(record), words=("layer", "type", "shapes")),
         groups=_table(("group", "width", "what happened"), _groups(record), words=("group", "what happened")),
     )
     Path(path).write_text(page, encoding="utf-8")
@@ -116,6 +119,13 @@ def _groups(record: Record) -> Iterable[tuple[str, str, str]]:
     widths = record.events[-1].widths_after if record.events else {}
     for name in dict.fromkeys([*widths, *record.explanations]):
         yield name, f"{widths[name]:,}" if name in widths else "", record.explanations.get(name, "")
+
+
+def _layers(record: Record) -> Iterable[tuple[str, str, str]]:
+    for name, layer in record.architecture.get("layers", {}).items():
+        shapes = (f"{key} {' x '.join(map(str, shape))}" for key, shape in layer["shapes"].items() if shape)
+        if layer["shapes"]:
+            yield name, layer["type"], ", ".join(shapes)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str]) -> str:

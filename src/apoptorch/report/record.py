@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from apoptorch.apoptosis import Apoptosis
+from apoptorch.architecture import architecture
 from apoptorch.errors import ArgumentError
 from apoptorch.plan import Event
 
@@ -21,18 +22,21 @@ SECONDS = "seconds per step"
 
 @dataclass(frozen=True)
 class Record:
-    """A run: its events; group name -> what `explain` says of it; curves by name; its length, where known."""
+    """A run: its events; group name -> what `explain` says of it; curves by name; its length, where known;
+    the final architecture."""
 
     events: list[Event]
     explanations: dict[str, str] = field(default_factory=dict)
     curves: Mapping[str, Curve] = field(default_factory=dict)
     total_steps: int | None = None
+    architecture: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(apoptosis: Apoptosis, curves: Mapping[str, Curve] | None = None) -> "Record":
         """The run so far."""
         explanations = dict(line.split(": ", 1) for line in apoptosis.explain().splitlines())
-        return Record(list(apoptosis.history), explanations, dict(curves or {}), apoptosis.total_steps)
+        layers = architecture(apoptosis.model)
+        return Record(list(apoptosis.history), explanations, dict(curves or {}), apoptosis.total_steps, layers)
 
     @staticmethod
     def read(path: Path) -> "Record":
@@ -46,7 +50,8 @@ class Record:
             data: dict[str, Any] = {"events": read} if isinstance(read, list) else read
             events = [Event.from_json(event) for event in data["events"]]
             curves = {name: [(int(s), float(v)) for s, v in points] for name, points in data.get("curves", {}).items()}
-            return Record(events, dict(data.get("explanations", {})), curves, data.get("total_steps"))
+            explanations, layers = dict(data.get("explanations", {})), dict(data.get("architecture", {}))
+            return Record(events, explanations, curves, data.get("total_steps"), layers)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             text = f"{type(error).__name__}: {error}"
             raise ArgumentError(
@@ -58,6 +63,7 @@ class Record:
         data = {
             "events": [event.to_json() for event in self.events], "explanations": self.explanations,
             "curves": {name: list(points) for name, points in self.curves.items()}, "total_steps": self.total_steps,
+            "architecture": self.architecture,
         }  # fmt: skip
         path.write_text(json.dumps(data, indent=1), encoding="utf-8")
 
