@@ -5,6 +5,7 @@ constants; `redundancy.search_weights` adds them up.
 """
 
 import math
+from statistics import NormalDist
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,6 +60,23 @@ def empirical_bernstein_upper(values: Float[Tensor, " m"], confidence: float, va
         raise ArgumentError([f"`value_range` must not be less than the values' own {spread}, got {value_range}."])
     log = math.log(2 / (1 - confidence))
     return float(values.mean() + (2 * values.var() * log / m).sqrt()) + 7 * value_range * log / (3 * (m - 1))
+
+
+def mean_upper(changes: Float[Tensor, " m"], confidence: float, clip: float) -> float:
+    """Upper confidence limit on a mean loss increase, from those of m independent inputs (Statement 18).
+
+    The larger of the empirical Bernstein limit for the changes clipped at +-`clip`, which holds for any distribution,
+    and the normal limit for the changes as they are, which holds for large m; inf for less than two inputs.
+    """
+    if len(changes) < 2:
+        return math.inf
+    exact = empirical_bernstein_upper(changes.clamp(-clip, clip), confidence, 2 * clip)
+    return max(exact, float(changes.mean()) + NormalDist().inv_cdf(confidence) * standard_error(changes))
+
+
+def standard_error(values: Float[Tensor, " m"]) -> float:
+    """Of the mean of independent values (Statement 18); 0 for a single one, of which it is not known."""
+    return float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def may_flip(logits: Float[Tensor, "*batch c"], change: float) -> Bool[Tensor, "*batch"]:

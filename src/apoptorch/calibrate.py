@@ -5,6 +5,7 @@ convolution, entries of a flattened block); positions count as samples of the se
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -93,6 +94,8 @@ class Moments:
         metric: Q, such that 1/2 tr(Q S) is the predicted loss increase when S is the residual second moment.
         samples: positions that were averaged.
         energy: V^T V summed over consumers and taps: tr(energy second) is the consumers' mean squared output.
+        slope, cross: the loss's gradient in a constant added to a, and in a matrix that multiplies a: E[u] and E[u a^T]
+            with u the gradient of an input's loss, summed over its positions. 0 without a loss.
         readers: where consumers read different tensors, (second, mean) of each; else empty.
     """
 
@@ -101,16 +104,23 @@ class Moments:
     metric: Float64[Tensor, "n n"]
     energy: Float64[Tensor, "n n"]
     samples: int
+    slope: Float64[Tensor, " n"]
+    cross: Float64[Tensor, "n n"]
     readers: tuple[tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss, the loss of each batch, predicted classes (None if there are none) and flat outputs."""
+    """Mean loss, that of each batch and of each input, predicted classes (None if there are none) and outputs, flat or
+    in rows of one input each.
+
+    `units`: the loss of each input, or of each batch where the mean loss is not the mean of theirs.
+    """
 
     samples: int
     loss: float
     losses: tuple[float, ...]
+    units: Float64[Tensor, " m"]
     predictions: Int64[Tensor, " N"] | None
     outputs: tuple[Tensor, ...]
 
@@ -147,7 +157,7 @@ class _Sums:
         self.group = group
         self.zeros = partial(torch.zeros, dtype=dtype, device=like.device)
         self.metric, self.energy = self.zeros(group.width, group.width), self.zeros(group.width, group.width)
-        self.curvature = self.zeros(())
+        self.curvature, self.slope, self.cross = self.zeros(()), self.zeros(group.width), torch.zeros_like(self.metric)
         self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, int]] = {}  # consumers -> sums of a a^T, a, number
 
     def add_columns(self, weight: Tensor, slot: Slot) -> None:
@@ -156,38 +166,55 @@ class _Sums:
         self.energy += (columns @ columns.mT).to(self.energy.dtype)
 
     def add(
-        self, readings: Sequence[Reading], gradient: Tensor, output_gradients: Sequence[Tensor | None], terms: float
-    ) -> None:
+        self, readings: Sequence[Reading], gradient: Tensor, output_gradients: Sequence[Tensor | None], terms: float,
+        inputs: float,
+    ) -> None:  # fmt: skip
         """One tensor, and the consumers that read it."""
         first = readings[0]
         a, u = (first.channels(x).to(self.metric.dtype) for x in (first.source, gradient))
         key = tuple(sorted({reading.reader.index for reading in readings}))
         empty = self.zeros(len(self.metric), len(self.metric)), self.zeros(len(self.metric)), 0
         second, mean, positions = self.sources.get(key, empty)
-        self.sources[key] = second.addmm_(a.mT, a), mean.add_(a.sum(0)), positions + len(a)
-        self.metric.addmm_(u.mT, u, alpha=terms)
+        _add_gram(second, a, 1.0)
+        self.sources[key] = second, mean.add_(a.sum(0)), positions + len(a)
+        _add_gram(self.metric, u, terms)
+        if inputs:
+            self.slope.add_(u.sum(0), alpha=inputs)
+            self.cross.addmm_(u.mT, a, alpha=inputs)
         for reading, output_gradient in zip(readings, output_gradients, strict=True):
             if output_gradient is not None:
                 self.curvature += terms * output_gradient.square().sum() / reading.reader.weight.shape[0]
 
-    def moments(self, scale: float, damping: float) -> Moments:
+    def moments(self, scale: float, inputs: float, damping: float) -> Moments:
         consumers = self.group.consumers
-        metric = scale * (self.metric + damping * self.curvature * self.energy)
+        metric = scale * (_mirrored(self.metric) + damping * self.curvature * self.energy)
+        slope, cross = ((total / max(1.0, inputs)).double() for total in (self.slope, self.cross))
         readers = []
         for i, consumer in enumerate(consumers if len(self.sources) > 1 else ()):
             own = [sums for key, sums in self.sources.items() if i in key] or list(self.sources.values())
             readers.append(_mean_moments(own, constant=consumer.bias is not None))
         second, mean = _mean_moments(list(self.sources.values()), constant=all(c.bias for c in consumers))
         samples = sum(number for _, _, number in self.sources.values())
-        return Moments(second, mean, metric.double(), self.energy.double(), samples, tuple(readers))
+        return Moments(second, mean, metric.double(), self.energy.double(), samples, slope, cross, tuple(readers))
 
 
 def _mean_moments(
     sums: Sequence[tuple[Tensor, Tensor, int]], *, constant: bool
 ) -> tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None]:
     number = sum(count for _, _, count in sums)
-    second = sum(second for second, _, _ in sums) / number
+    second = _mirrored(sum(second for second, _, _ in sums) / number)  # type: ignore[arg-type]
     return second.double(), (sum(mean for _, mean, _ in sums) / number).double() if constant else None  # type: ignore[union-attr]
+
+
+def _add_gram(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float, parts: int = 4) -> None:
+    """total += weight x^T x on the blocks that hold its upper triangle; those below may stay as they are."""
+    step = max(64, -(-total.shape[0] // parts))
+    for start in range(0, total.shape[0], step):
+        total[start : start + step, start:].addmm_(x[:, start : start + step].mT, x[:, start:], alpha=weight)
+
+
+def _mirrored(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    return total.triu() + total.triu(1).mT
 
 
 @dataclass
@@ -204,7 +231,7 @@ class _Totals:
         for name in self.groups:
             sums = self.groups[name]
             parts = [tensor for key in sorted(sums.sources) for tensor in sums.sources[key][:2]]
-            ranks.total_([sums.metric, sums.curvature, *parts])
+            ranks.total_([sums.metric, sums.curvature, sums.slope, sums.cross, *parts])
         keys = [(sums, key) for sums in self.groups.values() for key in sorted(sums.sources)]
         numbers = [self.samples, self.curvature, self.fisher, *(sums.sources[key][2] for sums, key in keys)]
         self.samples, self.curvature, self.fisher, *positions = ranks.total(numbers)
@@ -234,7 +261,7 @@ def measure(
         totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank)
     totals.pooled_(ranks)
     return {
-        group.name: totals.groups[group.name].moments(totals.scale, damping)
+        group.name: totals.groups[group.name].moments(totals.scale, totals.samples, damping)
         for group in groups
         if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
     }
@@ -261,13 +288,16 @@ def _totals(
             totals.samples += batch.size
             totals.curvature += batch.size * curvature
             totals.fisher += batch.size * terms * sum(g.square().sum().item() for g in gradients)
-            _accumulate(totals.groups, recorder.readings, leaves, gradients, batch.size * terms, damped=damping > 0)
+            counted = batch.size if loss_fn else 0  # probes are no gradients
+            _accumulate(
+                totals.groups, recorder.readings, leaves, gradients, batch.size * terms, counted, damped=damping > 0
+            )
     return totals
 
 
 def _accumulate(
     sums: dict[str, _Sums], readings: list[Reading], leaves: list[Tensor], gradients: list[Tensor], terms: float,
-    *, damped: bool,
+    inputs: float, *, damped: bool,
 ) -> None:  # fmt: skip
     sources = {id(reading.source): reading.source for reading in readings}
     wanted = [*sources.values(), *(reading.output for reading in readings if damped)]
@@ -282,7 +312,7 @@ def _accumulate(
         gradient = of_source[source]
         if gradient is None:  # nothing that the loss sees depends on it
             gradient = torch.zeros_like(sources[source])
-        sums[group].add([reading for reading, _ in pairs], gradient, [g for _, g in pairs], terms)
+        sums[group].add([reading for reading, _ in pairs], gradient, [g for _, g in pairs], terms, inputs)
 
 
 def _output_gradients(
@@ -332,18 +362,53 @@ def _loss_terms(batch: Batch) -> int:
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None) -> Evaluation:
     """Mean loss (NaN without `loss_fn`), predicted classes and outputs on these batches, in calibration mode."""
-    losses, predictions, outputs, samples = [], [], [], [batch.size for batch in batches]
+    losses, units, predictions, outputs, samples = [], [], [], [], [batch.size for batch in batches]
     with calibrating(model):
         for batch in batches:
             output = model(*batch.args, **batch.kwargs)
             losses.append(_mean_loss(loss_fn(output, batch.targets)) if loss_fn else math.nan)
+            units.append(_input_losses(loss_fn, output, batch, losses[-1]) if loss_fn else None)
             leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
             predictions.append(_classes(leaves[0], batch.targets) if leaves else None)
-            outputs.append(torch.cat([leaf.flatten() for leaf in leaves]) if leaves else torch.zeros(0))
+            outputs.append(_rows(leaves, batch.size))
     loss = sum(x * n for x, n in zip(losses, samples, strict=True)) / max(1, sum(samples))
     classes = [p for p in predictions if p is not None]
     known = torch.cat(classes) if classes and len(classes) == len(batches) else None
-    return Evaluation(sum(samples), loss, tuple(losses), known, tuple(outputs))
+    apart = [part for part in units if part is not None]
+    single = torch.cat(apart) if apart and len(apart) == len(batches) else torch.tensor(losses, dtype=torch.float64)
+    return Evaluation(sum(samples), loss, tuple(losses), single, known, tuple(outputs))
+
+
+def _rows(leaves: Sequence[Tensor], size: int) -> Tensor:
+    """Outputs with a row for each input, or in one row if they don't count inputs."""
+    rows = size if leaves and all(leaf.ndim and len(leaf) == size for leaf in leaves) else 1
+    return torch.cat([leaf.reshape(rows, -1) for leaf in leaves], 1) if leaves else torch.zeros(0, 0)
+
+
+def _input_losses(loss_fn: LossFn, output: Any, batch: Batch, mean: float) -> Float64[Tensor, " n"] | None:
+    """The loss of each input alone; None where they have none, or where it is not their mean that `loss_fn` gives."""
+    leaves, spec = tree_flatten((output, batch.targets))
+    batched = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+    if not batched or any(leaves[i].ndim == 0 or len(leaves[i]) != batch.size for i in batched):
+        return None
+
+    def of_one(*parts: Tensor) -> Tensor:
+        alone = [*leaves]
+        for i, part in zip(batched, parts, strict=True):
+            alone[i] = part[None]
+        return torch.as_tensor(loss_fn(*tree_unflatten(alone, spec)))
+
+    tensors = [leaves[i] for i in batched]
+    for way in (torch.func.vmap(of_one, randomness="different"), lambda *all_: torch.stack([*map(of_one, *all_)])):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # vmap's, on losses that it runs one by one
+                found = way(*tensors).double().flatten()
+        except Exception:  # whatever a loss does that knows no batch of one
+            continue
+        fits = len(found) == batch.size and math.isclose(float(found.mean()), mean, rel_tol=1e-3, abs_tol=1e-6)
+        return found.cpu() if fits else None
+    return None
 
 
 def pooled(own: Evaluation, ranks: Ranks) -> Evaluation:
@@ -354,7 +419,8 @@ def pooled(own: Evaluation, ranks: Ranks) -> Evaluation:
     samples, known = sum(part.samples for part in found), [p.predictions for p in found if p.predictions is not None]
     loss = sum(part.loss * part.samples for part in found) / samples if samples else math.nan
     losses = tuple(loss for part in found for loss in part.losses)
-    return Evaluation(samples, loss, losses, torch.cat(known) if len(known) == len(found) else None, own.outputs)
+    units, classes = torch.cat([part.units for part in found]), torch.cat(known) if len(known) == len(found) else None
+    return Evaluation(samples, loss, losses, units, classes, own.outputs)
 
 
 def _mean_loss(loss: Any) -> float:
@@ -377,8 +443,9 @@ def _classes(output: Tensor, targets: Any) -> Tensor | None:
     return None
 
 
-def output_change(before: Evaluation, after: Evaluation, ranks: Ranks = ALONE) -> float:
-    """Relative mean squared change of the model's outputs, over all ranks."""
-    change = sum((a - b).double().square().sum().item() for a, b in zip(after.outputs, before.outputs, strict=True))
-    change, size = ranks.total([change, sum(b.double().square().sum().item() for b in before.outputs)])
-    return change / (size or 1.0)
+def relative_changes(before: Evaluation, after: Evaluation, ranks: Ranks = ALONE) -> Float64[Tensor, " m"]:
+    """Squared change of each input's output, relative to the mean square of the outputs before, on all ranks."""
+    squares = [before.outputs, [a - b for a, b in zip(after.outputs, before.outputs, strict=True)]]
+    own = [torch.cat([x.double().square().sum(1) for x in rows]).cpu() for rows in squares]
+    sizes, changes = (torch.cat(column) for column in zip(*ranks.gather(own), strict=True))
+    return changes / (float(sizes.mean()) or 1.0)

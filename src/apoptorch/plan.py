@@ -130,6 +130,7 @@ class FoldPlan:
         scale: what survivors are multiplied by, in the tensors named by `scaled`, to keep their pace of learning
             (docs/theory.md); `folds` then reads the scaled survivors. None: survivors stay as they are.
         predicted: predicted increase of the loss (the loss's own units); NaN without data.
+        first_order: the part of `predicted` that the gradient gives (docs/theory.md, statement 13).
         bound: worst-case change of the consumers' output (Euclidean norm) for inputs of the asked norm, or None.
     """
 
@@ -140,6 +141,7 @@ class FoldPlan:
     scaled: tuple[str, ...] = ()
     predicted: float = math.nan
     bound: float | None = None
+    first_order: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,13 @@ class Certificate:
         loss_before, loss_after: mean loss (or 0 and the relative mean squared change of the output, without loss_fn).
         changed_predictions: how many predictions changed; None where the output has no classes.
         changed_upper: one-sided upper confidence limit (Clopper-Pearson) on the share of inputs that change.
-        confidence: of that limit.
+        confidence: of each limit (what it means exactly: docs/theory.md, statements 17 and 18).
         bound: worst-case change of the model's output (Euclidean norm), where a closed form exists.
+        loss_upper: one-sided upper confidence limit on the mean loss increase: the empirical Bernstein limit, of the
+            changes of single inputs clipped at +-`clip`, or the normal limit without clipping if that is more. None if
+            the loss is not finite.
+        clip: loss units.
+        error: standard error of `loss_after - loss_before` (loss units).
     """
 
     samples: int
@@ -175,13 +182,23 @@ class Certificate:
     changed_upper: float | None
     confidence: float
     bound: float | None = None
+    loss_upper: float | None = None
+    clip: float | None = None
+    error: float = 0.0
 
 
 @dataclass(frozen=True)
 class GroupChange:
-    """One group's part in an event: widths, predicted loss increase, proved bound and measured relative error.
+    """One group's part in an event.
 
-    `error` is the share of the consumers' output energy that the fold left unexplained on the calibration data.
+    Attributes:
+        before, after: width.
+        predicted: predicted increase of the loss (the loss's own units); None without data.
+        bound: worst-case change of the model's output (Euclidean norm); None with data, as the fold's coefficients then
+            come from no closed form.
+        error: measured on the calibration data: the share of the energy of the consumers' output that the fold left
+            unexplained; None without data.
+        first_order: the part of `predicted` that the gradient gives: what was learned last and is undone.
     """
 
     group: str
@@ -190,6 +207,7 @@ class GroupChange:
     predicted: float | None
     bound: float | None
     error: float | None
+    first_order: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """One removal, start to end: measure, plan, apply, check, and put back if it hurt. Knows no schedule."""
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +10,15 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .bounds import clopper_pearson_upper
+from .bounds import clopper_pearson_upper, mean_upper, standard_error
 from .budget import flops, spend
-from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, merged, output_change, pooled
+from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, merged, pooled, relative_changes
 from .distributed import ALONE, Ranks
 from .errors import ArgumentError
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
 from .policy import Policy
-from .redundancy import Selection, fold_blocks, select_blocks, unexplained
+from .redundancy import Selection, first_order, first_order_curve, fold_blocks, select_blocks, unexplained
 from .surgery import Surgery, named_tensors
 
 
@@ -102,9 +101,10 @@ def remove_(
             groups = surgery.fold_all_(network.groups, plans)
             after = evaluate(network.model, held_out, loss_fn)
         after = pooled(after, ranks)
-        increase, spread = _increase(before, after, loss_fn, ranks)
-        certificate = certify(before, after, policy.confidence, increase)
-        reason = judge(increase, spread, certificate, policy, draft.predicted or 0.0, level)
+        clip = 10 * math.sqrt(2 * max(0.0, math.fsum(item.predicted - item.first_order for item in plans)))
+        certificate = certify(before, after, policy.confidence, clip, ranks)
+        increase = certificate.loss_after - certificate.loss_before
+        reason = judge(certificate, policy, draft.predicted or 0.0, level)
         if reason is not None:
             surgery.undo_()
             groups = network.groups
@@ -126,50 +126,59 @@ def plan(
 
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
     less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
-    steepest factor.
+    steepest factor. The price buys what lasts, the second-order part: training soon learns the first-order part again.
+    Without a price the budget is for both.
     """
+    priced = math.isfinite(price)
     costs = network.open_costs(groups)
     worth = price * flops(costs, network.widths) ** (1 + policy.concavity)  # of all that the groups still cost
-    stop = min(worth / 100, budget / 20)  # finer differences would not change what is bought
-    steepest = policy.steepest if math.isfinite(price) else math.inf
+    stop = min(
+        worth / 100, budget / 20 if priced else budget / 500
+    )  # finer differences would not change what is bought
+    steepest = policy.steepest if priced else math.inf
     floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
     steps = {group.name: _step(group, policy.multiple) for group in groups}
     blocks = {group.name: group.blocks for group in groups}
     ranks, device = network.ranks, next(network.model.parameters()).device
 
-    def search(name: str) -> Selection:
+    def search(name: str) -> tuple[Selection, Float64[Tensor, " k+1"] | None]:
         m = moments[name]
-        return select_blocks(
+        found = select_blocks(
             m.second, m.mean, m.metric, blocks[name], stop=stop, floor=floors[name], multiple=steps[name]
         )
+        if priced:
+            return found, None
+        return found, first_order_curve(m.second, m.mean, m.cross, m.slope, found.order, blocks[name])
 
-    def refit(name: str) -> tuple[Int64[Tensor, " k"], tuple[Fold, ...], float]:
-        m, keep = moments[name], selections[name].order[: widths[name]].sort().values
+    def refit(name: str) -> tuple[Int64[Tensor, " k"], tuple[Fold, ...], float, float]:
+        m, keep = moments[name], searches[name][0].order[: widths[name]].sort().values
         regression = fold_blocks(m.second, m.mean, keep, blocks[name])
         rest = unexplained(m.second, m.mean, keep, regression)
         own = tuple(fold_blocks(*reader, keep, blocks[name]) for reader in m.readers)
-        return keep, (regression, *own), float((m.energy * rest).sum() / (m.energy * m.second).sum())
+        share = float((m.energy * rest).sum() / (m.energy * m.second).sum())
+        return keep, (regression, *own), share, first_order(m.cross, m.slope, keep, regression)
 
-    selections = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
+    searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
     curves = {
-        g.name: selections[g.name].curve(g.width, floors[g.name]) * overfit(g.width, moments[g.name].samples)
+        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g.width, moments[g.name].samples)
         for g in groups
     }
+    asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
     widths = spend(
-        curves, costs, budget=budget, multiple=steps, floor=floors,
+        asked, costs, budget=budget, multiple=steps, floor=floors,
         least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
     )  # fmt: skip
     narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
     refits, plans, errors = ranks.shared(narrowed, refit, "folding", device), [], {}
     for group in (g for g in groups if g.name in refits):
-        keep, (regression, *own), errors[group.name] = refits[group.name]
+        keep, (regression, *own), errors[group.name], sudden = refits[group.name]
         folds = tuple(own or [regression] * len(group.consumers))
         scaled = pacemakers(network, group) if policy.rebalance else ()
         scale = regression.coeffs.square().sum(0).sqrt() if scaled else None
         if scale is not None:
             folds = tuple(Fold(each.coeffs / scale, each.shift) for each in folds)
         predicted = float(curves[group.name][widths[group.name]])
-        plans.append(FoldPlan(group.name, keep, folds, scale, scaled, predicted))
+        plans.append(FoldPlan(group.name, keep, folds, scale, scaled, predicted + sudden, first_order=sudden))
     return plans, errors
 
 
@@ -178,6 +187,17 @@ def _step(group: ChannelGroup, multiple: int) -> int:
     if group.blocks == 1:
         return multiple
     return group.blocks * (multiple if group.width // group.blocks > 2 * multiple else 1)
+
+
+def _with_first_order(
+    curve: Float64[Tensor, " n+1"], sudden: Float64[Tensor, " k+1"] | None
+) -> Float64[Tensor, " n+1"]:
+    """The curve and the largest first-order increase at any greater width, so that it still never rises with width."""
+    if sudden is None:
+        return curve
+    sudden = torch.cat([sudden, sudden[-1].expand(len(curve) - len(sudden))]).clamp(min=0)
+    sudden[-1] = 0.0
+    return curve + sudden.flip(0).cummax(0).values.flip(0).to(curve.device)
 
 
 def overfit(width: int, samples: int) -> Float64[Tensor, " n+1"]:
@@ -202,48 +222,44 @@ def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
     return tuple(slots) if len(slots) <= 2 and "parametrizations" not in "".join(slots) else ()
 
 
-def judge(
-    increase: float, spread: float, certificate: Certificate, policy: Policy, predicted: float, level: float
-) -> str | None:
-    """Why the removal must be undone (None if it need not).
-
-    `increase` and its standard error `spread` are measured on held-out data; `level` is the loss that the policy's
-    tolerance is a share of.
-    """
+def judge(certificate: Certificate, policy: Policy, predicted: float, level: float) -> str | None:
+    """Why the removal must be undone (None if it need not). `level`: the loss that the tolerance is a share of."""
+    increase, share = certificate.loss_after - certificate.loss_before, certificate.changed_upper
     if not math.isfinite(increase):
         return "the loss on held-out data is no longer finite"
-    if increase - 3 * spread > policy.guard * predicted + policy.tolerance * level:
+    if increase - 3 * certificate.error > policy.guard * max(0.0, predicted) + policy.tolerance * level:
         return (
-            f"the loss on held-out data rose by {increase:.3g} (standard error {spread:.1g}), not by "
+            f"the loss on held-out data rose by {increase:.3g} (standard error {certificate.error:.1g}), not by "
             f"{predicted:.3g} as predicted"
         )
-    if policy.max_loss_increase is not None and increase + spread > policy.max_loss_increase:
-        return f"a loss increase within {policy.max_loss_increase:g} can't be shown ({increase:.3g} +- {spread:.1g})"
-    share = certificate.changed_upper
-    if policy.max_changed_predictions is not None and (share is None or share > policy.max_changed_predictions):
-        return (
-            f"at most {policy.max_changed_predictions:g} changed predictions can't be shown at confidence "
-            f"{policy.confidence:g} (upper limit {'none: no classes' if share is None else format(share, '.3g')})"
-        )
+    limits = (
+        ("a loss increase within", policy.max_loss_increase, certificate.loss_upper),
+        ("a share of changed predictions within", policy.max_changed_predictions, share),
+    )
+    for what, most, upper in limits:
+        if most is not None and (upper is None or upper > most):
+            found = "there are no classes" if upper is None else f"upper limit {upper:.3g}"
+            return f"{what} {most:g} can't be shown at confidence {policy.confidence:g} ({found})"
     return None
 
 
-def _increase(before: Evaluation, after: Evaluation, loss_fn: LossFn | None, ranks: Ranks) -> tuple[float, float]:
-    """The loss increase on held-out data and its standard error."""
-    if loss_fn is None:
-        return output_change(before, after, ranks), 0.0
-    pairs = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
-    return after.loss - before.loss, statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+def certify(before: Evaluation, after: Evaluation, confidence: float, clip: float, ranks: Ranks = ALONE) -> Certificate:
+    """What held-out data shows of a removal: the loss change, and upper limits on it and on changed predictions.
 
-
-def certify(before: Evaluation, after: Evaluation, confidence: float, increase: float) -> Certificate:
-    """What held-out data shows of a removal: loss change, and an upper limit on changed predictions."""
-    changed = upper = None
+    `clip`: at which changes of a single input's loss are clipped, chosen without that data.
+    """
+    known = math.isfinite(before.loss)
+    changes = after.units - before.units if known else relative_changes(before, after, ranks)
+    loss = (before.loss, after.loss) if known else (0.0, float(changes.mean()))
+    error, loss_upper, changed, changed_upper = 0.0, None, None, None
+    if bool(changes.isfinite().all()):
+        error, loss_upper = standard_error(changes), mean_upper(changes, confidence, clip)
     if before.predictions is not None and after.predictions is not None and len(before.predictions):
         changed = int((before.predictions != after.predictions).sum())
-        upper = clopper_pearson_upper(changed, len(before.predictions), confidence)
-    loss = (before.loss, after.loss) if math.isfinite(before.loss) else (0.0, increase)
-    return Certificate(before.samples, *loss, changed, upper, confidence)
+        changed_upper = clopper_pearson_upper(changed, len(before.predictions), confidence)
+    return Certificate(
+        before.samples, *loss, changed, changed_upper, confidence, error=error, loss_upper=loss_upper, clip=clip
+    )
 
 
 def _draft(
@@ -251,9 +267,12 @@ def _draft(
 ) -> Event:
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(
-        GroupChange(item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors.get(item.group))
+        GroupChange(
+            item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors[item.group],
+            item.first_order,
+        )
         for item in plans
-    )
+    )  # fmt: skip
     return Event(
         step, changes, widths, widths, size, size, cost, cost, 0.0, budget,
         math.fsum(item.predicted for item in plans) if plans else None, None, None, None,

@@ -1,13 +1,15 @@
 """Which channels are redundant, and what replaces them: from activations (`moments`) or from weights. Pure."""
 
 from .blocks import fold_blocks, select_blocks
-from .moments import Selection, fold, select, unexplained
+from .moments import Selection, first_order, first_order_curve, fold, select, unexplained
 from .weights import WeightFold, WeightSearch, fold_from_weights, search_weights
 
 __all__ = [
     "Selection",
     "WeightFold",
     "WeightSearch",
+    "first_order",
+    "first_order_curve",
     "fold",
     "fold_blocks",
     "fold_from_weights",

@@ -159,12 +159,56 @@ def fold(
 
 
 def _solve(matrix: Float64[Tensor, "k k"], right: Float64[Tensor, "k n"], ridge: float) -> Float64[Tensor, "k n"]:
+    return torch.cholesky_solve(right, _factor(matrix, ridge))
+
+
+def _factor(matrix: Float64[Tensor, "k k"], ridge: float) -> Float64[Tensor, "k k"]:
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     while True:  # a unit-diagonal Gram matrix plus enough of the identity is positive definite
         factor, info = torch.linalg.cholesky_ex(matrix + ridge * identity)
         if not int(info):
-            return torch.cholesky_solve(right, factor)
+            return factor
         ridge = max(10.0 * ridge, _EPS)
+
+
+def first_order(
+    cross: Float[Tensor, "n n"], slope: Float[Tensor, " n"], keep: Int64[Tensor, " k"], fold: Fold
+) -> float:
+    """First-order change of the loss by a fold: sum over i of E[u_i (coeffs a_keep + shift - a)_i] (Statement 13)."""
+    change = torch.dot(fold.coeffs.double().flatten(), cross[:, keep].double().flatten()) - cross.diagonal().sum()
+    return float(change if fold.shift is None else change + torch.dot(fold.shift.double(), slope.double()))
+
+
+def first_order_curve(
+    second: Float[Tensor, "n n"],
+    mean: Float[Tensor, " n"] | None,
+    cross: Float[Tensor, "n n"],
+    slope: Float[Tensor, " n"],
+    order: Int64[Tensor, " k"],
+    blocks: int = 1,
+    *,
+    ridge: float = 1e-10,
+) -> Float64[Tensor, " k+1"]:
+    """`first_order` of the regressions on the first 0 ... k channels of `order`, from one Cholesky factor.
+
+    With L L^T the covariance of those channels, L^-1 turns them into uncorrelated channels of variance 1, each of which
+    explains its own part of E[u a^T]. Channels of different blocks count as uncorrelated: folds don't mix them.
+    """
+    covariance = _centred(second, mean)
+    centred = cross.double() if mean is None else cross.double() - torch.outer(slope.double(), mean.double())
+    if blocks > 1:
+        block = torch.arange(len(second), device=second.device) // (len(second) // blocks)
+        apart = block[:, None] != block
+        covariance, centred = covariance.masked_fill(apart, 0.0), centred.masked_fill(apart, 0.0)
+    scale = covariance.diagonal()[order].sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    factor = _factor(covariance[order][:, order] / scale[:, None] / scale, ridge)
+    ours, theirs = (
+        torch.linalg.solve_triangular(factor, matrix[:, order].T / scale[:, None], upper=False)
+        for matrix in (covariance, centred)
+    )
+    explained = (ours * theirs).sum(1).cumsum(0)
+    return torch.cat([explained.new_zeros(1), explained]) - centred.diagonal().sum()
 
 
 def unexplained(
