@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ZOO := .venv/.zoo
 
-.PHONY: demo test docs dist bench-core bench-quick bench bench-tune higgs-sim bench-learning zoo
+.PHONY: demo test docs dist bench-core bench-quick bench bench-tune higgs-sim bench-learning zoo fuzz calibration
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,13 @@ bench-core: $(READY)
 
 bench-learning: $(READY)
 	$(BIN)/python -m benchmarks.learning
+
+fuzz: $(READY)
+	$(BIN)/python -m benchmarks.fuzz --cases 1000000
+
+calibration: $(READY)
+	$(BIN)/python -m benchmarks.calibration --seeds 0 1
+	$(BIN)/python -m benchmarks.calibration_page
 
 zoo: $(ZOO)
 	$(BIN)/python -m benchmarks.zoo

@@ -139,7 +139,10 @@ def run(name: str, seed: int) -> Iterator[dict]:
         index = torch.randint(recipe.size, (recipe.batch,), generator=generator)
         batch = Batch((train[0][index],), {}, train[1][index])
         loss = recipe.loss_fn(model(*batch.args), batch.targets)
-        optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
         first_loss = loss.item() if step == 1 else first_loss
         recent = [*recent, batch][-wanted:]
         if step in points:
@@ -167,7 +170,9 @@ def _point(
 
 
 def _everything(model: nn.Module, data: Data, loss_fn: LossFn) -> Evaluation:
-    return evaluate(model, [Batch((x,), {}, y) for x, y in zip(*(part.split(1024) for part in data), strict=True)], loss_fn)
+    return evaluate(
+        model, [Batch((x,), {}, y) for x, y in zip(*(part.split(1024) for part in data), strict=True)], loss_fn
+    )
 
 
 def _compared(event: Event, before: list[Evaluation], after: list[Evaluation], first_loss: float) -> dict:
@@ -199,12 +204,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = conditions()
-    with RESULTS.open("a") as file:
-        for name in args.recipes:
-            for seed in args.seeds:
-                events = [{"recipe": name, "seed": seed, **event, **about} for event in run(name, seed)]
+    for name in args.recipes:
+        for seed in args.seeds:
+            events = [{"recipe": name, "seed": seed, **event, **about} for event in run(name, seed)]
+            with RESULTS.open("a") as file:
                 file.writelines(json.dumps(event) + "\n" for event in events)
-                print(f"{name}, seed {seed}: {len(events)} events", flush=True)
+            print(f"{name}, seed {seed}: {len(events)} events", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from apoptorch.bounds import (
     dot_rounding,
     empirical_bernstein_upper,
     may_flip,
+    mean_upper,
 )
 from apoptorch.errors import ArgumentError
 from apoptorch.neurons import NEURONS, activation, neuron, range_error, reach
 from apoptorch.redundancy import fold_from_weights, search_weights
+from benchmarks import fuzz
 
 SMOOTH = [name for name, known in NEURONS.items() if known.function]
 # Input at which each function is as steep as its Lipschitz constant (or as good as).
@@ -145,6 +147,16 @@ def test_range_error_is_never_violated_and_attained_if_monotone(spec):
             assert bool((actual >= 0.99 * error - 1e-13).all())
 
 
+def test_twenty_thousand_cases():
+    """Statements 3 to 7 and 11, every neuron type, in float32 and float64, by inputs as bad as the weights suggest."""
+    table = fuzz.summary(fuzz.cases(fuzz.SPECS, 2, 200, seed=int(torch.randint(2**31, ()))))
+    assert sum(row["cases"] for row in table.values()) >= 20_000
+    for spec, row in table.items():
+        assert max(row["worst"].values()) <= 1, (spec, row)
+        jumps = math.isinf(neuron(spec).lipschitz)
+        assert jumps or max(row["worst"].values()) >= 0.5, f"{spec}: the cases are too kind"
+
+
 def test_dead_within_the_input_ball_is_exact():
     rows = torch.tensor([[3.0, 4.0, -50.0], [3.0, 4.0, -49.0]], dtype=torch.float64)
     error, value = range_error(neuron("relu"), rows, 10.0, True)
@@ -229,6 +241,23 @@ def test_clopper_pearson_covers():
         limits = {count: clopper_pearson_upper(count, 200, 0.95) for count in set(counts)}
         covered = sum(limits[count] >= p for count in counts) / len(counts)
         assert covered >= 0.95 - 3 * (0.05 * 0.95 / 4000) ** 0.5
+
+
+def test_limit_on_the_mean_covers_heavy_tails():
+    """Few inputs lose much: the clipped mean is covered at any size; unclipped, the normal limit counts too."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(1000, 200, generator=generator, dtype=torch.float64) * 1.2).exp() * 0.05
+    clip, mean = 0.5, 0.05 * math.exp(0.72)
+    clipped = (
+        (torch.randn(10**6, generator=generator, dtype=torch.float64) * 1.2).exp().mul(0.05).clamp(max=clip).mean()
+    )
+    limits = torch.tensor([mean_upper(row, 0.95, clip) for row in values])
+    assert float((limits >= clipped).double().mean()) >= 0.95
+    assert float((limits >= mean).double().mean()) >= 0.93
+    normal = values.mean(1) + 1.6449 * values.std(1) / 200**0.5
+    assert bool((limits >= normal * (1 - 1e-4)).all())
+    assert mean_upper(values[0, :1], 0.95, clip) == math.inf
+    assert mean_upper(torch.full((50,), 0.1), 0.95, 0.0) == pytest.approx(0.1)  # clipped at 0: the normal limit
 
 
 def test_empirical_bernstein_covers_and_narrows():

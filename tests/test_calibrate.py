@@ -122,6 +122,64 @@ def test_convolution_and_flatten(damping):
     assert_moments(found["2"], brute(model, model[5], 16, data, square, damping))
 
 
+@pytest.mark.parametrize(("make", "reader", "name"), [(mlp, 2, "0"), (cnn, 2, "0"), (cnn, 5, "2")])
+def test_slope_and_cross_are_the_gradients_of_what_is_read(make, reader, name):
+    """V times the gradient of V, summed over taps; and the gradient in a constant added to every channel."""
+    model = make()
+    x, y = (tensor(5, 4), tensor(5, 3)) if make is mlp else (tensor(5, 2, 8, 8), tensor(5, 3, seed=1))
+    batches = [Batch((x[:2],), {}, y[:2]), Batch((x[2:],), {}, y[2:])]
+    found = measure(model, groups_of(model, x), batches, square, 0.0)[name]
+    weight, n = model[reader].weight, len(found.slope)
+    added = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+
+    def add(module, args):
+        shape = (-1, 1, 1) if weight.ndim == 4 else (-1,)
+        repeated = added.repeat_interleave(args[0].shape[1] // n)
+        return (args[0] + repeated.view(shape),)
+
+    handle = model[reader].register_forward_pre_hook(add)
+    gradient, slope = torch.autograd.grad(square(model(x), y), [weight, added])
+    handle.remove()
+    columns, change = (t.detach().movedim(1, 0).unflatten(0, (n, -1)).flatten(1) for t in (weight, gradient))
+    torch.testing.assert_close(found.cross, columns @ change.mT)
+    torch.testing.assert_close(found.slope, slope)
+
+
+def pairwise_contrast(output, target):
+    """Compares the inputs of a batch with each other: not a mean over inputs."""
+    return (output[:, None] - output[None]).square().mean()
+
+
+def with_a_branch(output, target):
+    """Nothing for vmap."""
+    loss = (output - target).square().mean()
+    return loss if loss > 1e9 else loss + 0.0
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "targets", "apart"),
+    [
+        (F.cross_entropy, torch.arange(12) % 3, True),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]).double()), torch.arange(12) % 3, False),
+        (square, tensor(12, 3), True),
+        (with_a_branch, tensor(12, 3), True),
+        (lambda o, y: F.margin_ranking_loss(o[:, 0], o[:, 1], y, margin=0.5), tensor(12).sign(), True),  # given pairs
+        (lambda o, y: F.triplet_margin_loss(o, y[:, 0], y[:, 1]), tensor(12, 2, 3), True),
+        (pairwise_contrast, tensor(12, 3), False),
+    ],
+)
+def test_losses_of_single_inputs(loss_fn, targets, apart):
+    model, x = mlp(), tensor(12, 4)
+    batches = [Batch((x[:5],), {}, targets[:5]), Batch((x[5:],), {}, targets[5:])]
+    found = evaluate(model, batches, loss_fn)
+    if apart:
+        alone = [loss_fn(model(x[i : i + 1]), targets[i : i + 1]).item() for i in range(12)]
+        assert found.units.tolist() == pytest.approx(alone, rel=1e-12)
+        assert found.units.mean().item() == pytest.approx(found.loss)
+    else:
+        assert found.units.tolist() == list(found.losses)
+
+
 def test_positions_of_a_linear_layer_count_as_samples():
     model, x = mlp(), tensor(3, 7, 4)
     y = tensor(3, 7, 3, seed=5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptorch.errors import ArgumentError
-from apoptorch.redundancy import fold, select, unexplained
+from apoptorch.redundancy import first_order, first_order_curve, fold, select, unexplained
 
 CASES = st.tuples(st.integers(0, 2**31), st.integers(2, 24), st.integers(1, 24), st.booleans())
 
@@ -201,3 +201,25 @@ def test_float32_input_is_factored_in_float64():
     single = select(second, mean, metric.float(), stop=0.0)
     assert single.error.dtype == torch.float64
     assert single.order.tolist()[:8] == select(*moments(a, True), metric, stop=0.0).order.tolist()[:8]
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_first_order_is_the_derivative_along_the_fold(constant):
+    """With gradients u, the linear loss E[u.a] changes by E[u.(B a_K + s - a)]; the curve has it for every width."""
+    torch.manual_seed(0)
+    a = torch.randn(300, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 1
+    a = torch.cat([a, a[:, :2] - a[:, 2:4]], 1)  # of rank 7
+    u = 0.3 * a.tanh() + torch.randn(300, 9, dtype=torch.float64)
+    second, mean, cross, slope = a.T @ a / 300, a.mean(0) if constant else None, u.T @ a / 300, u.mean(0)
+    order = select(second, mean, torch.eye(9, dtype=torch.float64), stop=0.0, floor=6).order
+    curve = first_order_curve(second, mean, cross, slope, order)
+    assert len(curve) == len(order) + 1
+    for k in range(1, len(order) + 1):
+        keep = order[:k].sort().values
+        found = fold(second, mean, keep)
+        change = a[:, keep] @ found.coeffs.T - a + (0.0 if found.shift is None else found.shift)
+        expected = float((u * change).sum(1).mean())
+        assert first_order(cross, slope, keep, found) == pytest.approx(expected, abs=1e-9)
+        assert float(curve[k]) == pytest.approx(expected, abs=1e-7)
+    if constant:
+        assert float(curve[0]) == pytest.approx(float((u * (a.mean(0) - a)).sum(1).mean()))

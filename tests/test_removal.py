@@ -140,6 +140,79 @@ def test_prediction_is_within_a_factor_of_three_for_cross_entropy():
     assert divergence.item() / 3 < second_order < 3 * divergence.item()
 
 
+def unfinished(seed, loss_fn, outputs):
+    """A network after a few steps of training, and data of the same kind: to calibrate, and much more of it."""
+    torch.manual_seed(seed)
+    model, teacher = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, outputs)), torch.randn(10, 8)
+    x = data(20_000, 10, seed=seed)
+    y = (x @ teacher).tanh() @ torch.randn(8, outputs)
+    if loss_fn is F.cross_entropy:
+        y = y.argmax(1)
+    if loss_fn is ranking:
+        y = y[:, 0].sign()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for i in range(40):
+        rows = slice(128 * i, 128 * i + 128)
+        loss = loss_fn(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model, (x[:6000], y[:6000]), (x[6000:], y[6000:])
+
+
+def ranking(output, target):
+    return F.margin_ranking_loss(output[:, 0], output[:, 1], target, margin=0.5)
+
+
+def test_first_order_predicts_what_an_unfinished_training_loses():
+    total, second_order, policy = [], [], Policy(multiple=1, floor=1, damping=0.0)
+    for seed in range(6):
+        model, (x, y), (new_x, new_y) = unfinished(seed, F.cross_entropy, 5)
+        before = F.cross_entropy(model(new_x), new_y)
+        apoptosis = Apoptosis(model, example_inputs=x[:4], loss_fn=F.cross_entropy, policy=policy)
+        event = apoptosis.apoptose(x, targets=y, budget=0.005 * float(before))
+        increase = float(F.cross_entropy(model(new_x), new_y) - before)
+        total.append(increase / event.predicted)
+        second_order.append(increase / (event.predicted - sum(change.first_order for change in event.changes)))
+    assert all(0.5 <= ratio <= 2 for ratio in total), total
+    misses = [sum(abs(math.log(ratio)) for ratio in ratios) for ratios in (total, second_order)]
+    assert misses[0] < misses[1]
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, F.mse_loss, ranking])
+def test_no_event_exceeds_a_limit_that_was_asked_for(loss_fn):
+    outcomes = []
+    for seed, share in enumerate((0.002, 0.01, 0.05, 0.2)):
+        model, (x, y), (new_x, new_y) = unfinished(seed, loss_fn, 5)
+        before, old = loss_fn(model(new_x), new_y), model(new_x).argmax(1)
+        limits = {"max_loss_increase": 0.05 * float(before)}
+        if loss_fn is F.cross_entropy:
+            limits["max_changed_predictions"] = 0.05
+        policy = Policy(multiple=1, floor=1, guard=1e9, confidence=0.95, **limits)
+        apoptosis = Apoptosis(model, example_inputs=x[:4], loss_fn=loss_fn, policy=policy)
+        event = apoptosis.apoptose(x, targets=y, budget=share * float(before))
+        certificate = event.certificate
+        assert (certificate.changed_upper is not None) == (loss_fn is F.cross_entropy)
+        within = certificate.loss_upper <= limits["max_loss_increase"]
+        within &= loss_fn is not F.cross_entropy or certificate.changed_upper <= 0.05
+        assert event.rolled_back == (not within)
+        assert within or "can't be shown at confidence 0.95" in event.reason
+        assert float(loss_fn(model(new_x), new_y) - before) <= limits["max_loss_increase"]
+        assert loss_fn is not F.cross_entropy or float((model(new_x).argmax(1) != old).double().mean()) <= 0.05
+        outcomes.append(within)
+    assert {True, False} == set(outcomes)  # small removals can be shown, large ones can't
+
+
+def test_without_classes_no_share_of_changed_predictions_can_be_shown():
+    model, (x, y), _ = unfinished(0, F.mse_loss, 5)
+    policy = Policy(multiple=1, floor=1, max_changed_predictions=0.5)
+    event = Apoptosis(model, example_inputs=x[:4], loss_fn=F.mse_loss, policy=policy).apoptose(
+        x, targets=y, budget=0.01
+    )
+    assert event.rolled_back
+    assert "there are no classes" in event.reason
+
+
 def test_more_budget_removes_more_and_none_removes_nothing():
     sizes = []
     for budget in (0.0, 1e-6, 1e-3, 1e-1, 10.0):

@@ -462,6 +462,80 @@ def test_gain_and_offset_of_each_op_hold(make):
     assert most >= 0.25 * gain  # and they are not far too large
 
 
+def constant_kernel():
+    layer = nn.Conv1d(1, 1, 3, padding=1)
+    nn.init.ones_(layer.weight), nn.init.zeros_(layer.bias)
+    return layer
+
+
+SPIKE, FLAT = torch.zeros(1, 1, 9, 9), torch.ones(1, 1, 12, 12)
+SPIKE[..., 4, 4] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "least"),
+    [
+        (constant_kernel, torch.ones(1, 1, 1000), 0.99),
+        (lambda: nn.Conv1d(1, 1, 3, 3), torch.ones(1, 1, 9), 0.99),
+        (lambda: nn.MaxPool2d(3, 1), SPIKE, 0.99),
+        (lambda: nn.MaxPool2d(3), SPIKE, 0.99),
+        (lambda: nn.AvgPool2d(3), FLAT, 0.99),
+        (lambda: nn.AdaptiveAvgPool2d(3), FLAT, 0.99),
+        (lambda: Elementwise(lambda x: x.mean((2, 3))), FLAT, 0.99),
+        (lambda: Elementwise(lambda x: x.amax((2, 3))), SPIKE, 0.99),
+    ],
+)
+def test_gains_are_attained(make, x, least):
+    """Statement 8: an input whose image is as large as the constant of the op allows."""
+    torch.manual_seed(0)
+    model, x = make().double(), x.double()
+    if isinstance(model, nn.Conv1d) and model.stride == (3,):
+        x = model.weight.detach().repeat(1, 1, 3)
+    (link,) = trace_chain(model, (x,), {})
+    with torch.no_grad():
+        found = float((model(x) - model(x * 0)).norm() / x.norm())
+    gain = gain_and_offset(model, link)[0]
+    assert least * gain <= found <= gain * (1 + 1e-9)
+
+
+def test_gains_of_softmax_are_attained():
+    for make, logits, gain in (
+        (lambda: nn.Softmax(1), [[0.0, 0.0]], 0.5),
+        (lambda: nn.LogSoftmax(1), [[30.0, 0.0, 0.0]], 3**0.5),
+    ):
+        x = torch.tensor(logits, dtype=torch.float64)
+        (link,) = trace_chain(make(), (x,), {})
+        assert link.gain == pytest.approx(gain)
+        slope = float(torch.linalg.matrix_norm(torch.autograd.functional.jacobian(make(), x)[0, :, 0], 2))
+        assert 0.99 * gain <= slope <= gain * (1 + 1e-9)
+
+
+def test_bound_of_a_chain_is_attained():
+    """Statement 10: two nearly parallel neurons read by a column that the later layers stretch most."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.01], [1.0, 0.0]])), model[0].bias.zero_()
+        model[2].weight.copy_(torch.tensor([[3.0, 1.0], [0.0, 0.0]])), model[2].bias.fill_(10.0)
+        model[4].weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0]])), model[4].bias.zero_()
+    old, x = copy.deepcopy(model), torch.tensor([[0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    event = shrink(model, example_inputs=x, bound=0.1, input_norm=1.0)
+    assert event.widths_after["0"] == 1
+    found = float((model(x) - old(x)).norm(dim=1).max())
+    assert 0.99 * event.bound <= found <= event.bound * (1 + 1e-9)
+
+
+def test_bound_says_which_predictions_can_change():
+    torch.manual_seed(0)
+    model, x = mlp("tanh", torch.float64, deep=False), torch.randn(200, 6, dtype=torch.float64)
+    plant(model[0], "duplicate")
+    old = copy.deepcopy(model)
+    sure = shrink(model, example_inputs=x)
+    assert sure.notes["predictions"] == "the largest output can change for 0 of the 200 example inputs at most"
+    event = shrink(model, example_inputs=x, bound=0.5)
+    limit = int(event.notes["predictions"].split("for ")[1].split()[0])
+    assert int((model(x).argmax(1) != old(x).argmax(1)).sum()) <= limit < 200
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

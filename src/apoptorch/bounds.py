@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .errors import ArgumentError
+from .neurons import Neuron, product
 
 
 def clopper_pearson_upper(changed: int, samples: int, confidence: float) -> float:
-    """One-sided upper confidence limit on a probability, from `changed` successes in `samples` independent trials.
+    """One-sided upper confidence limit on a probability, from `changed` successes in `samples` independent trials
+    (Statement 17).
 
     Clopper and Pearson, Biometrika 26 (1934): the p at which P[Binomial(samples, p) <= changed] = 1 - confidence.
     Exact: whatever the true share, it lies above the limit with probability at most 1 - confidence.
@@ -45,7 +47,8 @@ def _log_binomial_tail(k: int, n: int, p: float) -> float:
 
 
 def empirical_bernstein_upper(values: Float[Tensor, " m"], confidence: float, value_range: float) -> float:
-    """Upper confidence limit on the mean of independent values that lie in an interval of length `value_range`.
+    """Upper confidence limit on the mean of independent values that lie in an interval of length `value_range`
+    (Statement 18).
 
     Maurer and Pontil, COLT 2009, theorem 4: with sample variance s^2 and d = 1 - confidence,
     mean + sqrt(2 s^2 ln(2/d) / m) + 7 range ln(2/d) / (3 (m - 1)). The range must be known beforehand (for
@@ -80,7 +83,8 @@ def standard_error(values: Float[Tensor, " m"]) -> float:
 
 
 def may_flip(logits: Float[Tensor, "*batch c"], change: float) -> Bool[Tensor, "*batch"]:
-    """Whether a change of the logits by at most `change` (Euclidean norm) can change the largest of them.
+    """Whether a change of the logits by at most `change` (Euclidean norm) can change the largest of them
+    (Statement 16).
 
     It needs logit_top - logit_j <= sqrt(2) change for some j: (e_top - e_j).delta <= sqrt(2) |delta|, attained.
     (With the largest single change e in place of the norm the condition is margin <= 2 e.)
@@ -90,13 +94,25 @@ def may_flip(logits: Float[Tensor, "*batch c"], change: float) -> Bool[Tensor, "
 
 
 def dot_rounding(terms: int, dtype: torch.dtype) -> float:
-    """g with |fl(x.y) - x.y| <= g |x|.|y| for a sum of `terms` products in any order (absolute values summed).
+    """g with |fl(x.y) - x.y| <= g |x|.|y| for a sum of `terms` products in any order (Statement 11).
 
     Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1: g = m u / (1 - m u), where u is
     the unit roundoff.
     """
     total = terms * torch.finfo(dtype).eps / 2
     return total / (1 - total) if total < 1 else math.inf
+
+
+def activation_rounding(
+    known: Neuron, reach: Float[Tensor, "*n"], inputs: int, dtype: torch.dtype
+) -> Float[Tensor, "*n"]:
+    """What floats may change of the activation f(w.x + b) of a neuron with |w.x| + |b| <= `reach` (Statement 11).
+
+    L g reach for the dot product of `inputs` terms and a bias, and 8 units of roundoff of L reach + |f(0)| for f.
+    """
+    zero = 0.0 if known.function is None else abs(float(known.function(torch.zeros((), dtype=torch.float64))))
+    steps = dot_rounding(inputs + 2, dtype) + 8 * torch.finfo(dtype).eps
+    return product(known.lipschitz, steps * reach) + 8 * torch.finfo(dtype).eps * zero
 
 
 def _check_confidence(confidence: float) -> None:

@@ -1,7 +1,8 @@
 """Neuron types: what of each activation function is known in closed form.
 
 Each entry of `NEURONS` is keyed by its ATen op and gives, for the op's default constants, the sharp Lipschitz
-constant, positive homogeneity and the reflection identity. `neuron("elu(0.5)")` resolves other constants.
+constant, positive homogeneity and the reflection identity. `neuron("elu(0.5)")` resolves other constants. Statements
+are those of docs/theory.md; the table of statement 2 has a row for every rule of this file.
 """
 
 import math
@@ -18,7 +19,7 @@ Elementwise = Callable[[Float[Tensor, "..."]], Float[Tensor, "..."]]
 
 @dataclass(frozen=True)
 class Neuron:
-    """An elementwise function f and its closed-form properties.
+    """An elementwise function f and its closed-form properties (Statement 2).
 
     Attributes:
         lipschitz: least L with |f(y) - f(z)| <= L |y - z|, rounded up at 1e-7; inf where there is none.
@@ -47,7 +48,7 @@ def _rule(make: Callable[..., Neuron]) -> Callable[..., Neuron]:
 
 
 def neuron(spec: str) -> Neuron:
-    """The neuron type that `ChannelGroup.neuron` names: an ATen op, "elu(0.5)" with constants in their order.
+    """The neuron type that `ChannelGroup.neuron` names: an ATen op, "elu(0.5)" with constants in order (Statement 2).
 
     One without any known property (lipschitz inf, no function) if the op or its constants are not known.
 
@@ -65,14 +66,14 @@ def neuron(spec: str) -> Neuron:
 
 
 def activation(spec: str) -> Elementwise:
-    """The function of a known neuron type; KeyError for any other."""
+    """The function of a known neuron type (Statement 2); KeyError for any other."""
     if (function := neuron(spec).function) is None:
         raise KeyError(spec)
     return function
 
 
 def reach(rows: Float[Tensor, "*batch d+1"], input_norm: float) -> Float[Tensor, "*batch"]:
-    """Largest |w.x + b| over all |x| <= input_norm, for rows (w, b): |w| input_norm + |b|.
+    """Largest |w.x + b| over all |x| <= input_norm, for rows (w, b): |w| input_norm + |b| (Statement 1).
 
     Attained at x = +-input_norm w / |w|. Never above the Cauchy-Schwarz bound |(w, b)| |(x, 1)|.
     """
@@ -82,7 +83,8 @@ def reach(rows: Float[Tensor, "*batch d+1"], input_norm: float) -> Float[Tensor,
 def range_error(
     known: Neuron, rows: Float[Tensor, "n d+1"], input_norm: float, constant: bool
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """(error, value): |f(w.x + b) - value| <= error for all |x| <= input_norm; value is 0 unless `constant`.
+    """(error, value): |f(w.x + b) - value| <= error for all |x| <= input_norm; value is 0 unless `constant`
+    (Statement 3).
 
     w.x + b stays within |w| input_norm of b. A monotone f then stays between its values at both ends, and half
     their distance is attained; for any other f, |f(z) - f(b)| <= L |z - b|. Zero for dead neurons (ReLU that no
@@ -104,7 +106,7 @@ def range_error(
 
 
 def product(scale: float | Float[Tensor, "*batch"], error: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """scale * error, where no error is no error even at an infinite scale, and nothing weighs nothing."""
+    """scale * error, where no error is no error even at an infinite scale, and nothing weighs nothing (Statement 5)."""
     scale = torch.as_tensor(scale, dtype=error.dtype, device=error.device)
     return torch.where((error == 0) | (scale == 0), 0.0, scale * error)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .calibrate import Batch, LossFn, split
+from .bounds import may_flip
+from .calibrate import Batch, LossFn, evaluate, split
 from .closed_form import Outcome, fold_chain_
 from .graph import trace, trace_chain
 from .plan import Event, GroupChange
@@ -92,15 +93,28 @@ def _from_weights(
         with Surgery(model) as surgery:
             outcome = fold_chain_(model, network.groups, links, norm, bound, surgery)
     network.groups = [outcome.shrunk.get(group.name, group) for group in network.groups]
+    total = math.fsum(plan.bound or 0.0 for plan in outcome.plans)
     changes = tuple(
         GroupChange(plan.group, widths[plan.group], len(plan.keep), None, plan.bound, None) for plan in outcome.plans
     )
     return Event(
         0, changes, widths, network.widths, parameters, network.parameters, flops, network.flops(),
-        time.perf_counter() - start, None, None, None, math.fsum(plan.bound or 0.0 for plan in outcome.plans), None,
+        time.perf_counter() - start, None, None, None, total, None,
         reason=None if changes else _reason(network, outcome, norm),
-        notes={**outcome.notes, "bound": f"holds for inputs of Euclidean norm up to {norm:g}"},
+        notes={**outcome.notes, **_meaning(model, args, kwargs, norm, total)},
     )  # fmt: skip
+
+
+def _meaning(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], norm: float, bound: float
+) -> dict[str, str]:
+    """What the bound says, also of predictions where the output may be logits (docs/theory.md, statement 16)."""
+    notes = {"bound": f"holds for inputs of Euclidean norm up to {norm:g}"}
+    output = evaluate(model, [Batch(args, kwargs)], None).outputs[0]
+    if output.ndim == 2 and output.shape[1] > 1:
+        flips = int(may_flip(output.double(), bound).sum())
+        notes["predictions"] = f"the largest output can change for {flips} of the {len(output)} example inputs at most"
+    return notes
 
 
 def _reason(network: Network, outcome: Outcome, norm: float) -> str:
