@@ -84,8 +84,8 @@ def page(events: Sequence[dict]) -> str:
         *(line(name, [e for e in events if e["recipe"] == name]) for name in names), line("all", events),
         f"\nTarget: {TARGET:.0%} of accepted events within a factor 2. Reached: {reached:.0%}, "
         f"{'pass' if reached >= TARGET else '**miss**'}; of the {len(signal)} events whose prediction is above two of "
-        f"its own standard errors, {within(signal, 'train_increase', total):.0%}. Of the misses, {under} lost more than "
-        f"twice what was predicted, {len(kept) - round(reached * len(kept)) - under} less than half.",
+        f"its own standard errors, {within(signal, 'train_increase', total):.0%}. Of the misses, {under} lost more "
+        f"than twice what was predicted, {len(kept) - round(reached * len(kept)) - under} less than half.",
         WHY, "## Coverage of the certificate\n", coverage(events),
         "\nSeveral events of one point share their held-out inputs, so they are not independent, and the error of "
         "the share held is larger than for independent ones.\n",

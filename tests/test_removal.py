@@ -17,7 +17,7 @@ from apoptorch.errors import ArgumentError
 from apoptorch.graph import trace
 from apoptorch.plan import Event
 from apoptorch.policy import POLICIES
-from apoptorch.redundancy import select
+from apoptorch.redundancy import select_blocks
 from apoptorch.surgery import Surgery
 
 POLICY = Policy(multiple=1, floor=1, rebalance=False)
@@ -549,9 +549,9 @@ def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(shrunk, 
     groups = network.prunable(1)
     moments = removal.measure(model, groups, [Batch((x,), {})], None, 1.0)
     prices, found = [10.0**exponent for exponent in range(-4, 3)], []
-    for search in (select, lambda *args, **kwargs: select(*args, **kwargs | {"stop": 0.0})):
+    for search in (select_blocks, lambda *args, **kwargs: select_blocks(*args, **kwargs | {"stop": 0.0})):
         with monkeypatch.context() as patch:
-            patch.setattr(removal, "select", search)
+            patch.setattr(removal, "select_blocks", search)
             plans = [removal.plan(network, groups, moments, policy, 1.0, price)[0] for price in prices]
             found.append([sum(64 - len(item.keep) for item in each) for each in plans])
     assert found[0] == pytest.approx(found[1], abs=2)

@@ -93,9 +93,9 @@ def test_every_activation_of_torch_is_in_the_table():
     ops = {
         "ReLU": "relu", "RReLU": "rrelu", "Hardtanh": "hardtanh", "ReLU6": "relu6", "Sigmoid": "sigmoid",
         "Tanh": "tanh", "Hardsigmoid": "hardsigmoid", "SiLU": "silu", "Mish": "mish", "Hardswish": "hardswish",
-        "ELU": "elu", "CELU": "celu", "SELU": "selu", "GELU": "gelu", "Hardshrink": "hardshrink", "LeakyReLU": "leaky_relu",
-        "LogSigmoid": "log_sigmoid", "Softplus": "softplus", "Softshrink": "softshrink", "PReLU": "prelu",
-        "Softsign": "softsign", "Tanhshrink": "tanhshrink", "Threshold": "threshold",
+        "ELU": "elu", "CELU": "celu", "SELU": "selu", "GELU": "gelu", "Hardshrink": "hardshrink",
+        "LeakyReLU": "leaky_relu", "LogSigmoid": "log_sigmoid", "Softplus": "softplus", "Softshrink": "softshrink",
+        "PReLU": "prelu", "Softsign": "softsign", "Tanhshrink": "tanhshrink", "Threshold": "threshold",
     }  # fmt: skip
     elsewhere = {"GLU", "MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}  # not elementwise
     assert set(nn.modules.activation.__all__) == set(ops) | elsewhere
