@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apoptorch.errors import ArgumentError
-from apoptorch.redundancy import first_order, first_order_curve, fold, select, unexplained
+from apoptorch.redundancy import first_order, first_order_curve, fold, fold_blocks, select, select_blocks, unexplained
 
 CASES = st.tuples(st.integers(0, 2**31), st.integers(2, 24), st.integers(1, 24), st.booleans())
 
@@ -223,3 +223,34 @@ def test_first_order_is_the_derivative_along_the_fold(constant):
         assert float(curve[k]) == pytest.approx(expected, abs=1e-7)
     if constant:
         assert float(curve[0]) == pytest.approx(float((u * (a.mean(0) - a)).sum(1).mean()))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_blocks_are_searched_and_folded_each_by_itself(constant):
+    """Against one `select` and one `fold` a block, put together by hand."""
+    blocks, size = 3, 8
+    a, metric = sample(3, blocks * size, 5, relu=False)
+    second, mean = moments(a, constant)
+    parts = [slice(i * size, (i + 1) * size) for i in range(blocks)]
+    own = [(second[p][:, p], mean[p] if constant else None, metric[p][:, p]) for p in parts]
+    found = select_blocks(second, mean, metric, blocks, stop=0.0)
+    single = [select(*each, stop=0.0) for each in own]
+    for kept in range(1, size + 1):
+        total = sum(float(each.error[min(kept, len(each.error) - 1)]) for each in single)
+        if kept * blocks < len(found.error):
+            assert float(found.error[kept * blocks]) == pytest.approx(total, rel=1e-9, abs=1e-9)
+        chosen = found.order[: kept * blocks].sort().values
+        if len(chosen) < kept * blocks:
+            break
+        assert [sum(c // size == i for c in chosen.tolist()) for i in range(blocks)] == [kept] * blocks
+        whole = fold_blocks(second, mean, chosen, blocks)
+        expected = torch.zeros(blocks * size, blocks * kept, dtype=torch.float64)
+        shifts = torch.zeros(blocks * size, dtype=torch.float64)
+        for i, (each, part) in enumerate(zip(own, parts, strict=True)):
+            alone = fold(each[0], each[1], chosen[i * kept : (i + 1) * kept] - i * size)
+            expected[part, i * kept : (i + 1) * kept] = alone.coeffs
+            shifts[part] = 0.0 if alone.shift is None else alone.shift
+        torch.testing.assert_close(whole.coeffs, expected, rtol=0, atol=0)
+        torch.testing.assert_close(shifts if whole.shift is None else whole.shift, shifts, rtol=0, atol=0)
+    assert found.error[-1] <= 1e-6 * found.error[0]  # 8 channels of rank 5 in every block: something was redundant
+    assert len(found.order) <= blocks * size

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from apoptorch.errors import SurgeryError
 from apoptorch.plan import ChannelGroup, Consumer, Fold, FoldPlan, Slot
-from apoptorch.surgery import Surgery, attributes, narrow_, transaction
+from apoptorch.surgery import Surgery, attributes, narrow_, narrowed, transaction
 
 F64 = torch.float64
 
@@ -921,3 +921,43 @@ def test_narrow_refuses(shapes, message):
     with pytest.raises(SurgeryError, match=message):
         narrow_(model, shapes)
     assert snapshot([model], []) == before
+
+
+class Joined(nn.Module):
+    """Two layers side by side; the second one's channels lie behind the first one's, or between them."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(12, 3)
+        self.between = between
+
+    def forward(self, x, masks=(1.0, 1.0)):
+        a, b = self.a(x).tanh() * masks[0], self.b(x).tanh() * masks[1]
+        if self.between and a.shape == b.shape:
+            return self.last(torch.stack([a, b], -1).flatten(-2))
+        return self.last(torch.cat([a, b], -1))
+
+
+def joined_groups(between):
+    places = [tuple(range(0, 12, 2)), tuple(range(1, 12, 2))] if between else [None, tuple(range(6, 12))]
+    made = lambda name: (Slot(f"{name}.weight", 0), Slot(f"{name}.bias", 0))
+    return [
+        ChannelGroup(name, 6, 6, "tanh", made(name), (), (Consumer(Slot("last.weight", 1, 1, positions), "last.bias"),))
+        for name, positions in zip("ab", places, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_explicit_positions_are_those_of_a_masked_model(between):
+    """Both groups lose the same number, one after the other; the second one's places have moved by then."""
+    torch.manual_seed(0)
+    model, groups, x = Joined(between).double(), joined_groups(between), torch.randn(7, 5, dtype=F64)
+    full, keeps = copy.deepcopy(model), {"a": [0, 3, 4], "b": [1, 2, 5]}
+    masks = [torch.tensor([float(c in keep) for c in range(6)], dtype=F64) for keep in keeps.values()]
+    with Surgery(model) as surgery:
+        left = surgery.fold_all_(groups, [selection(g, keeps[g.name]) for g in groups])
+    torch.testing.assert_close(model(x), full(x, masks), rtol=1e-12, atol=1e-12)
+    assert left == narrowed(groups, {"a": 3, "b": 3})
+    held = [c.weight.index(g.width).flatten().tolist() for g in left for c in g.consumers]
+    assert held == ([[0, 2, 4], [1, 3, 5]] if between else [[0, 1, 2], [3, 4, 5]])
+    assert narrowed(groups, {"a": 6, "b": 6}) == groups

@@ -22,7 +22,7 @@ from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
 from .rehearsal import rehearsed
 from .removal import Network, abandoned, remove_
-from .surgery import named_tensors, narrow_, narrowed
+from .surgery import Surgery, named_tensors, narrowed, sizes_of
 from .timing import milliseconds, training_seconds
 
 
@@ -177,8 +177,10 @@ class Apoptosis:
         widths, full = state.get("widths", {}), state.get("full_widths", {})
         if set(widths) != set(self._network.widths):
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
-        with self._network.ranks.rebuilding():
-            narrow_(self._network.model, state["shapes"], self._network.optimizers, self._network.followers)
+        surgery = Surgery(self._network.model, self._network.optimizers, self._network.followers)
+        with self._network.ranks.rebuilding(), surgery:
+            surgery.narrow_(state["shapes"])
+            surgery.resize_(sizes_of(self.groups, widths))
         groups = narrowed(self.groups, widths)
         self._network.groups = [replace(group, full_width=full[group.name]) for group in groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]

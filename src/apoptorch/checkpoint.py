@@ -126,6 +126,7 @@ def load(
             apoptosis.load_state_dict(own_batches(_with_tensors(manifest["apoptosis"], gathered), ranks))
         with Surgery(model) as surgery:
             surgery.narrow_({name: list(value.shape) for name, value in values.items()})
+            surgery.resize_(_unlike(model, manifest["attributes"]))
             surgery.fill_(values)
     for name, item in training.items():
         if hasattr(item, "load_state_dict"):
@@ -158,6 +159,7 @@ def _read(
         with Surgery(model) as surgery:
             surgery.narrow_({name: shape for name, shape in shapes.items() if name in known})
             if not problems:
+                surgery.resize_(_unlike(model, manifest["attributes"]))
                 problems += _differences("attributes of", manifest["attributes"], _all_attributes(model))
             surgery.undo_()
     except SurgeryError as error:
@@ -265,6 +267,17 @@ def _differences(what: str, expected: dict[str, Any], found: dict[str, Any]) -> 
 
 def _all_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: sizes for name, module in model.named_modules() if (sizes := attributes(module))}
+
+
+def _unlike(model: nn.Module, saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Saved attributes that the shapes of the model's tensors don't tell."""
+    modules = dict(model.named_modules())
+    known = {path: attributes(module) for path, module in modules.items()}
+    return {
+        path: {name: value for name, value in sizes.items() if name not in known[path]}
+        for path, sizes in saved.items()
+        if path in modules and isinstance(sizes, dict)
+    }
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -74,6 +74,22 @@ class Consumer:
 
 
 @dataclass(frozen=True)
+class SizeAttribute:
+    """An integer attribute of a user's module, read by forward(), that must be width x `times` / `over` of a group.
+
+    `module` is the path in the model ("layers.0.attention"), `name` that of the attribute ("head_dim").
+    """
+
+    module: str
+    name: str
+    times: int
+    over: int
+
+    def value(self, width: int) -> int:
+        return width * self.times // self.over
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """n interchangeable channels: what makes them, what passes them on, what reads them.
 
@@ -90,6 +106,7 @@ class ChannelGroup:
         prunable: False if the group must keep its width; `reason` then says why.
         blocks: heads, experts or parts of a norm, `width / blocks` channels each, one block after the other. The same
             number must stay in every block, and a channel can be folded only into others of its block.
+        sizes: attributes of modules that follow its width, as no tensor's shape tells them.
         lines: the lines of code ("file.py:12") that its channels pass.
     """
 
@@ -104,6 +121,7 @@ class ChannelGroup:
     prunable: bool = True
     reason: str | None = None
     blocks: int = 1
+    sizes: tuple[SizeAttribute, ...] = ()
     lines: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def leading(self, count: int) -> Int64[Tensor, " count"]:

@@ -1,14 +1,17 @@
 """Narrows every group once to see that the model's own code follows; then puts all back, bit for bit.
 
 A graph can't tell `x.view(-1, 400)` from `x.view(-1, x.shape[1] * 25)`, nor see sizes in Python conditions. So the
-narrowed model runs on tensors without data, and is traced again: it must have the same groups, narrowed.
+narrowed model runs on tensors without data, and is traced again: it must have the same groups, narrowed. Where a size
+is an integer attribute of a module (`self.hidden = 64`), that may follow the group's width: it is tried.
 """
 
 import logging
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -18,12 +21,14 @@ from torch.utils._pytree import tree_map
 
 from .calibrate import calibrating
 from .errors import ApoptosisError
-from .graph import trace
-from .plan import ChannelGroup, Fold, FoldPlan, Slot
-from .surgery import Surgery
+from .graph import assemble, traced
+from .plan import ChannelGroup, Fold, FoldPlan, SizeAttribute, Slot
+from .surgery import Surgery, attributes
 
-_FEW = 16
+_FEW, _CANDIDATES = 16, 5
+_SCALE = "forward() computes with a number that follows their size (the scale of a softmax?)"
 _TORCH = os.path.dirname(torch.__file__)
+Numbers = list[tuple[str, tuple[float, ...]]]
 _Key = tuple[int, frozenset[tuple[str, Slot]]]
 
 
@@ -31,28 +36,102 @@ def rehearsed(
     model: nn.Module, groups: Sequence[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[ChannelGroup]:
     """The same groups; those are pinned without whose last channels forward() fails, or does something else."""
-    groups = list(groups)
-    while open_ := [group.name for group in groups if group.prunable and group.width > group.blocks]:
-        pinned = _pinned(model, groups, open_, args, kwargs)
-        if not pinned:
-            break
-        groups = [replace(g, prunable=False, reason=pinned[g.name]) if g.name in pinned else g for g in groups]
-    return groups
+    return _Rehearsal(model, list(groups), args, kwargs).run()
 
 
-def _pinned(
-    model: nn.Module, groups: list[ChannelGroup], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, str]:
-    """Groups of `names` that can't be narrowed, and why; not necessarily all of them."""
-    with Surgery(model) as surgery:
-        try:
-            narrowed = surgery.fold_all_(groups, [_without_last(group) for group in groups if group.name in names])
-            if (error := _failure(model, args, kwargs)) is not None:
+class _Rehearsal:
+    def __init__(self, model: nn.Module, groups: list[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.model, self.groups, self.args, self.kwargs = model, groups, args, kwargs
+        self.vain = set[tuple[Any, ...]]()  # attributes that were tried, for a group that passes the same lines
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """What the model as it is computes with."""
+        return traced(self.model, self.args, self.kwargs).numbers()
+
+    def run(self) -> list[ChannelGroup]:
+        while names := [group.name for group in self.groups if group.prunable and group.width > group.blocks]:
+            changed = self.changed(names)
+            if not changed:
+                break
+            self.groups = [changed.get(group.name, group) for group in self.groups]
+        return self.groups
+
+    def changed(self, names: Sequence[str]) -> dict[str, ChannelGroup]:
+        """Groups of `names` that can't be narrowed as they are: pinned, or with attributes that follow."""
+        with Surgery(self.model) as surgery:
+            try:
+                plans = [_without_last(group) for group in self.groups if group.name in names]
+                narrowed = surgery.fold_all_(self.groups, plans)
+                error = _failure(self.model, self.args, self.kwargs)
+                reasons, numbers = self.unlike(narrowed, names) if error is None else ({}, [])
+            finally:
                 surgery.undo_()
-                return _blamed(model, groups, names, error, args, kwargs)
-            return _changed(model, narrowed, names, args, kwargs)
-        finally:
-            surgery.undo_()
+        if error is not None:
+            reasons = self.blamed(names, error)
+        elif not reasons and any(group.sizes for group in self.groups) and numbers != self.numbers:
+            reasons = {group.name: _SCALE for group in self.groups if group.sizes}
+        return {g.name: self.resolved(g, reasons[g.name]) for g in self.groups if g.name in reasons}
+
+    def resolved(self, group: ChannelGroup, reason: str) -> ChannelGroup:
+        error = None if group.sizes else self.failure_of(group)
+        sized = None if error is None else self.sized(group, error)
+        return sized or replace(group, prunable=False, reason=reason, sizes=())
+
+    def failure_of(self, group: ChannelGroup) -> Exception | None:
+        """How forward() fails when this group alone is narrowed."""
+        with Surgery(self.model) as surgery:
+            try:
+                surgery.fold_(group, _without_last(group))
+                return _failure(self.model, self.args, self.kwargs)
+            finally:
+                surgery.undo_()
+
+    def sized(self, group: ChannelGroup, error: Exception) -> ChannelGroup | None:
+        """The group with the fewest attributes that must follow it for forward() to run; None if none help."""
+        modules = {module: path for path, module in self.model.named_modules()}
+        taken = {(size.module, size.name) for other in self.groups for size in other.sizes}
+        candidates = [c for c in _candidates(group, error, modules) if (c.module, c.name) not in taken]
+        for count in range(1, min(len(candidates), _CANDIDATES) + 1):
+            for chosen in combinations(candidates[:_CANDIDATES], count):
+                types = [(type(self.model.get_submodule(size.module)), size.name) for size in chosen]
+                key = (group.lines, *types)
+                if key in self.vain:
+                    continue
+                sized = replace(group, sizes=chosen)
+                if self.failure_of(sized) is None:
+                    return sized
+                self.vain.add(key)
+        return None
+
+    def blamed(self, names: Sequence[str], error: Exception) -> dict[str, str]:
+        """The groups whose channels pass the innermost line of the user's code that failed."""
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        by_name = {group.name: group for group in self.groups}
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            where = f"{frame.filename}:{frame.lineno}"
+            passing = [name for name in names if where in by_name[name].lines]
+            if passing and not frame.filename.startswith(_TORCH):
+                if len(passing) <= _FEW:  # one line may do much
+                    alone = [name for name in passing if self.failure_of(by_name[name]) is not None]
+                    passing = alone or passing
+                told = f"forward() fails with fewer of them at {where}: {frame.line}"
+                return dict.fromkeys(passing, f"{told} ({text}; a size written as a number?)")
+        alone = [name for name in names if len(names) == 1 or self.failure_of(by_name[name]) is not None]
+        reason = f"forward() fails with fewer of them: {text} (a size written as a number?)"
+        return dict.fromkeys(alone or names, reason)
+
+    def unlike(self, narrowed: Sequence[ChannelGroup], names: Sequence[str]) -> tuple[dict[str, str], Numbers]:
+        """Groups that the narrowed model no longer has; and the numbers that it computes with."""
+        try:
+            tracer = traced(self.model, self.args, self.kwargs)
+        except ApoptosisError as error:
+            text = f"the narrowed model can't be traced: {' '.join(str(error).split())[:300]}"
+            return dict.fromkeys(names, text), []
+        found = {_key(group) for group in assemble(tracer)[0]}
+        reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
+        reasons = {g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and _key(g) not in found}
+        return reasons, tracer.numbers()
 
 
 def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
@@ -70,48 +149,19 @@ def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return None
 
 
-def _blamed(
-    model: nn.Module, groups: Sequence[ChannelGroup], names: Sequence[str], error: Exception, args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> dict[str, str]:  # fmt: skip
-    """The groups whose channels pass the innermost line of the user's code that failed."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        where = f"{frame.filename}:{frame.lineno}"
-        passing = [g.name for g in groups if g.name in names and where in g.lines]
-        if passing and not frame.filename.startswith(_TORCH):
-            if len(passing) <= _FEW:  # one line may do much
-                alone = [name for name in passing if _fails(model, groups, name, args, kwargs)]
-                passing = alone or passing
-            told = f"forward() fails with fewer of them at {where}: {frame.line} ({text}; a size written as a number?)"
-            return dict.fromkeys(passing, told)
-    alone = [name for name in names if len(names) == 1 or _fails(model, groups, name, args, kwargs)]
-    reason = f"forward() fails with fewer of them: {text} (a size written as a number?)"
-    return dict.fromkeys(alone or names, reason)
-
-
-def _fails(
-    model: nn.Module, groups: Sequence[ChannelGroup], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> bool:
-    with Surgery(model) as surgery:
-        try:
-            surgery.fold_all_(groups, [_without_last(group) for group in groups if group.name == name])
-            return _failure(model, args, kwargs) is not None
-        finally:
-            surgery.undo_()
-
-
-def _changed(
-    model: nn.Module, narrowed: Sequence[ChannelGroup], names: Sequence[str], args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> dict[str, str]:  # fmt: skip
-    """Groups that the narrowed model no longer has."""
-    try:
-        found = {_key(group) for group in trace(model, args, kwargs)[0]}
-    except ApoptosisError as error:
-        return dict.fromkeys(names, f"the narrowed model can't be traced: {' '.join(str(error).split())[:300]}")
-    reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
-    return {g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and _key(g) not in found}
+def _candidates(group: ChannelGroup, error: Exception, modules: dict[nn.Module, str]) -> Iterator[SizeAttribute]:
+    """Integer attributes, of the modules in which forward() fails, that are the group's width or that of a block."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    owners = [frame.f_locals.get("self") for frame in reversed(frames)]
+    failing = dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module) and owner in modules)
+    factors = {1: (1, 1)} | {slot.inner: (slot.inner, 1) for slot in (*group.producers, *group.passthrough)}
+    known = {group.width * times: (times, over) for times, over in factors.values()}
+    known |= {group.width // group.blocks: (1, group.blocks)} if group.blocks > 1 else {}
+    for module in failing:
+        derived = attributes(module)
+        for name, value in vars(module).items():
+            if type(value) is int and value in known and name not in derived and not name.startswith("_"):
+                yield SizeAttribute(modules[module], name, *known[value])
 
 
 def _key(group: ChannelGroup) -> _Key:

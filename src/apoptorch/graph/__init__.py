@@ -11,7 +11,7 @@ from .chain import Link, chain
 from .groups import assemble
 from .tracer import Tracer, attribute
 
-__all__ = ["Link", "attribute", "preserved", "trace", "trace_chain"]
+__all__ = ["Link", "assemble", "attribute", "preserved", "trace", "trace_chain", "traced"]
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[ChannelGroup], list[CostTerm]]:
@@ -20,7 +20,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     Raises:
         ExportError: torch.export can't capture the model.
     """
-    return assemble(Tracer(model, capture(model, args, kwargs)).run())
+    return assemble(traced(model, args, kwargs))
+
+
+def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracer:
+    """The tracer that has walked the model's graph.
+
+    Raises:
+        ExportError: torch.export can't capture the model.
+    """
+    return Tracer(model, capture(model, args, kwargs)).run()
 
 
 def trace_chain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Link] | str:

@@ -89,7 +89,8 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
         made[index] = ChannelGroup(
             names[index], width, width, neuron, tuple(own["producer"]), tuple(own["passthrough"]),
             tuple(own["consumer"]), any(r.max_pooled for r in holds[index] if r.role == "consumer"),
-            not reasons[index], _told(list(reasons[index])), blocks[index], tuple(sorted(lines[index] - {""})),
+            not reasons[index], _told(list(reasons[index])), blocks[index],
+            lines=tuple(sorted(lines[index] - {""})),
         )  # fmt: skip
     return list(made.values()), _costs(parts, {index: group.name for index, group in made.items()})
 

@@ -13,7 +13,7 @@ from torch import Tensor
 Array = Int64[Tensor, "..."]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Field:
     """Channels that lie along some dimensions of an activation.
 

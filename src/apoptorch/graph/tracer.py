@@ -19,6 +19,7 @@ Rule = Callable[["Tracer", Node], None]
 Flow = tuple[Field, ...]  # the channels of one activation
 RULES: dict[str, Rule] = {}
 _TORCH = os.path.dirname(torch.__file__)
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "true_divide", "full", "scalar_tensor")
 VIEWS = (
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "alias", "detach",
     "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "expand", "narrow",
@@ -132,6 +133,19 @@ class Tracer:
                     if used not in self.tensors:
                         self.pin_flow(self.flow(used), "its channels are the model's output")
         return self
+
+    def numbers(self) -> list[tuple[str, tuple[float, ...]]]:
+        """The numbers that ops compute with, in their order: what must not follow a size (a scale by its root)."""
+        found = []
+        for node in self.program.graph.nodes:
+            kinds = (int, float) if op_name(node) in _ARITHMETIC else float
+            direct = (*node.args, *node.kwargs.values())
+            given = [float(x) for x in direct if isinstance(x, kinds) and not isinstance(x, bool)]
+            if op_name(node) == "scaled_dot_product_attention" and node.kwargs.get("scale") is None:
+                given.append(shape(arguments(node)[0])[-1] ** -0.5)
+            found += [(op_name(node), tuple(given))] if given else []
+        lifted = [x for x in self.program.constants.values() if isinstance(x, Tensor) and x.numel() == 1]
+        return [*found, *(("constant", (float(x),)) for x in lifted)]
 
     def call(self, node: Node) -> None:
         if node.target is operator.getitem:

@@ -81,5 +81,14 @@ def narrowed(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> list[
     return now
 
 
+def sizes_of(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """What the attributes of modules that follow a group's width must be, by module and name."""
+    found: dict[str, dict[str, int]] = {}
+    for group in groups:
+        for size in group.sizes:
+            found.setdefault(size.module, {})[size.name] = size.value(widths[group.name])
+    return found
+
+
 def _key(slot: Slot) -> _Key:
     return slot.tensor, slot.dim, slot.split

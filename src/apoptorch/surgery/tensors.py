@@ -20,16 +20,18 @@ from apoptorch.plan import Fold, Slot
 from apoptorch.surgery.places import Cut
 
 Target = Tensor | ParametrizationList
+FOLLOWING = "apoptosis_sizes"  # names, kept on a user's module, of its integer attributes that follow a group's width
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module's size attributes must be by the shapes of its tensors; empty for types without any."""
+    """A module's size attributes: what they must be by the shapes of its tensors, and those that were narrowed."""
+    following = {name: getattr(module, name) for name in vars(module).get(FOLLOWING, ())}
     for types, sizes in _ATTRIBUTES:
         if isinstance(module, types):
-            return sizes(module)
+            return following | sizes(module)
     if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys():  # transformers
-        return {"nx": module.weight.shape[0], "nf": module.weight.shape[1]}
-    return {}
+        return following | {"nx": module.weight.shape[0], "nf": module.weight.shape[1]}
+    return following
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from torch.optim import LBFGS, Optimizer
 
 from apoptorch.errors import SurgeryError
 from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
-from apoptorch.surgery.places import cut_of, effective_slot, without
+from apoptorch.surgery.places import cut_of, effective_slot, sizes_of, without
 from apoptorch.surgery.tensors import (
+    FOLLOWING,
     attributes,
     constant_of,
     cut,
@@ -117,6 +118,16 @@ class Surgery:
                         if size != tensor.shape[dim]:
                             self._narrow_(tensor, Slot(name, dim), torch.arange(size))
                 self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
+
+    def resize_(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
+        """Set integer attributes of modules, by path and name, that the shapes of their tensors don't tell.
+
+        Raises:
+            SurgeryError: the model has no such attribute, or a smaller one.
+        """
+        with self._attempt(p for network in self._networks for p in _size_problems(network, sizes)):
+            for network in self._networks:
+                self._resize_(network, sizes)
 
     def fill_(self, values: Mapping[str, Tensor]) -> None:
         """Copy values of the same shapes into named parameters and buffers; followers are left alone."""
@@ -224,6 +235,7 @@ class Surgery:
                 self._narrow_(original, slot, how.source, data)
         self._converge_(network, touched)
         self._follow_(network, touched)
+        self._resize_(network, sizes_of([group], {group.name: len(plan.keep)}))
 
     def _narrow_(self, tensor: Tensor, slot: Slot, source: Int64[Tensor, " left"], new: Tensor | None = None) -> None:
         """Keep the entries `source` of a tensor, its grad and its optimizer state; `new`: what it then holds."""
@@ -255,6 +267,16 @@ class Surgery:
                     if getattr(module, name) != value:
                         self._set_attribute_(module, name, value)
 
+    def _resize_(self, network: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
+        for path, values in sizes.items():
+            module = network.get_submodule(path)
+            for name, value in values.items():
+                if name not in (known := attributes(module)):
+                    following = (*vars(module).get(FOLLOWING, ()), name)
+                    self._set_attribute_(module, FOLLOWING, following)
+                if known.get(name) != value:
+                    self._set_attribute_(module, name, value)
+
     def _replace_(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         self._remember(("tensor", id(tensor)), partial(_set_tensor, tensor, tensor.data, tensor.grad))
         _set_tensor(tensor, data, grad)
@@ -272,7 +294,8 @@ class Surgery:
             _set_state(optimizer, tensor, state)
 
     def _set_attribute_(self, owner: Any, name: str, value: Any) -> None:
-        self._remember(("attribute", id(owner), name), partial(setattr, owner, name, getattr(owner, name)))
+        restore = partial(setattr, owner, name, getattr(owner, name)) if hasattr(owner, name) else None
+        self._remember(("attribute", id(owner), name), restore or partial(delattr, owner, name))
         _set_attribute(owner, name, value)
 
     def _remember(self, key: tuple[Any, ...], restore: Callable[[], None]) -> None:
@@ -336,6 +359,16 @@ def _counterpart(model: nn.Module, follower: nn.Module, index: int) -> nn.Module
         f"`followers[{index}]` must have the tensors of the model, with their shapes and ties, got "
         f"{other.get(name, 'nothing')} instead of {mine[name]} ({name}). Make it a deepcopy of the model."
     )
+
+
+def _size_problems(network: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    modules = dict(network.named_modules())
+    for path, values in sizes.items():
+        for name, value in values.items():
+            old = vars(modules[path]).get(name) if path in modules else None
+            if type(old) is not int or type(value) is not int or not 0 < value <= old:
+                got = old if type(old) in (int, float, bool) else type(old).__name__
+                yield f"`{name}` must be an integer of at least {value}, got {got} ({path or 'the model itself'})."
 
 
 def _cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:

@@ -1,14 +1,16 @@
 """Products of two activations, or of one and a bare parameter: matmul, addmm, einsum, attention."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch.fx import Node
 
 from ..labels import Field, along
-from ..tracer import Tracer, argument, arguments, rule, shape
+from ..tracer import Flow, Tracer, argument, arguments, rule, shape
 
 Letters = list[str]
+Pair = tuple[Node, Node]
 
 
 def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, Letters, Letters]) -> None:
@@ -30,7 +32,7 @@ def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, L
                 continue
             shared = [letter for letter in own if letter in dims[0] and letter in dims[1]]
             if shared and own and own[-1] in shared:
-                _meet(tracer, node, each, own[-1], letters, (x, y), flows, dims)
+                _meet(tracer, node, each, own[-1], (x, y), flows, dims)
             left = [letter for letter in letters if letter in out]
             kept = each.labels[tuple(slice(None) if letter in out else 0 for letter in letters)]
             kept = kept.permute([left.index(letter) for letter in out if letter in left])
@@ -44,7 +46,7 @@ def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, L
     tracer.emit(node, tracer.join(node, fields))
 
 
-def _cost(tracer, operands, flows, dims, summed) -> None:  # type: ignore[no-untyped-def]
+def _cost(tracer: Tracer, operands: Pair, flows: Sequence[Flow], dims: Sequence[Letters], summed: Letters) -> None:
     """Of a product with a parameter."""
     for operand, flow, letters in zip(operands, flows, dims, strict=False):
         if operand in tracer.tensors:
@@ -57,7 +59,9 @@ def _cost(tracer, operands, flows, dims, summed) -> None:  # type: ignore[no-unt
             return
 
 
-def _meet(tracer, node, each, letter, letters, operands, flows, dims) -> None:  # type: ignore[no-untyped-def]
+def _meet(
+    tracer: Tracer, node: Node, each: Field, letter: str, operands: Pair, flows: Sequence[Flow], dims: Sequence[Letters]
+) -> None:
     """A channel dimension that both operands share must hold the same channels in both."""
     for other, flow, theirs in zip(operands, flows, dims, strict=False):
         held = any(theirs[d] == letter for f in flow for d in f.dims)
@@ -65,7 +69,9 @@ def _meet(tracer, node, each, letter, letters, operands, flows, dims) -> None:  
             tracer.pin(each.labels, f"{tracer.where(node)} combines them with a tensor that apoptosis doesn't follow")
 
 
-def _contract(tracer, node, operands, flows, dims, letter) -> None:  # type: ignore[no-untyped-def]
+def _contract(
+    tracer: Tracer, node: Node, operands: Pair, flows: Sequence[Flow], dims: Sequence[Letters], letter: str
+) -> None:
     """The channels along one letter are read by the other operand, if that is a parameter."""
     found = []
     for operand, flow, letters in zip(operands, flows, dims, strict=False):

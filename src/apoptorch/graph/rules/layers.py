@@ -1,14 +1,13 @@
 """Layers: linear, convolution, embedding."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.fx import Node
 
-from ..labels import Array, Field, along
+from ..labels import Field, along
 from ..tracer import Tracer, argument, arguments, rule, shape
 
 Place = tuple[str, int, int]  # tensor, dimension, entries for each column
@@ -54,14 +53,15 @@ def layer(
     sizes = shape(weight_node)
     tracer.uses.setdefault(bias, set()).add(weight)
     (slots, reason), (columns, _) = layer_slots(tracer, weight, rows), layer_slots(tracer, weight, 1 - rows)
-    made = _made(tracer, node, [place[:2] for place in slots], bias, sizes, rows, groups)
+    makers = [place[:2] for place in slots] + ([(bias, 0)] if bias else [])
+    made = tracer.produce(sizes[rows], makers, node)
     split = (rows if rows == 0 else 1 - rows, groups) if groups > 1 and rows == 0 else None
     if read is not None:
         tracer.consume(columns[0][0], columns[0][1], read, bias if exact and not read.padded else None, split)
         for tensor, _, inner in columns[1:]:
             tracer.record(tensor, 0, read.labels.repeat_interleave(inner))
     else:
-        _read_nothing(tracer, node, columns[0][0], columns[0][1], split)
+        tracer.also_reads[columns[0][0]] = tracer.where(node)
     if reason is not None:
         tracer.pin(made, reason)
         if read is not None:
@@ -74,20 +74,6 @@ def layer(
     tracer.emit(node, [*(replace(each, neuron="general") for each in rest), field])
 
 
-def _made(
-    tracer: Tracer, node: Node, slots: list[tuple[str, int]], bias: str | None, sizes: Sequence[int], rows: int,
-    groups: int,
-) -> Array:  # fmt: skip
-    del groups
-    return tracer.produce(sizes[rows], slots + ([(bias, 0)] if bias else []), node)
-
-
-def _read_nothing(tracer: Tracer, node: Node, tensor: str, dim: int, split: tuple[int, int] | None) -> None:
-    """The weight reads what is no group's channels."""
-    del dim, split
-    tracer.also_reads[tensor] = tracer.where(node)
-
-
 @rule("linear")
 def linear(tracer: Tracer, node: Node) -> None:
     last = len(shape(node)) - 1
@@ -96,7 +82,7 @@ def linear(tracer: Tracer, node: Node) -> None:
 
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(tracer: Tracer, node: Node) -> None:
-    x, groups = arguments(node)[0], argument(node, 6, "groups", 1)
+    groups = argument(node, 6, "groups", 1)
     dim = len(shape(node)) - (len(shape(arguments(node)[1])) - 1)  # 0 without a batch dimension
     _no_channels_beyond(tracer, node, dim)
     positions = math.prod(shape(node)) // shape(node)[dim]
@@ -105,7 +91,6 @@ def convolution(tracer: Tracer, node: Node) -> None:
         return
     layer(tracer, node, dim, dim, rows=0, exact=not _pads(argument(node, 4, "padding", 0)), positions=positions,
           groups=groups)  # fmt: skip
-    del x
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

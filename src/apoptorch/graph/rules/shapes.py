@@ -44,12 +44,11 @@ def view(tracer: Tracer, node: Node) -> None:
             results: Any = wide.expand(shape(node))
         else:
             results = node.target(wide, *arguments(node)[1:], **node.kwargs)  # type: ignore[operator]
-        for i, (result, flow) in enumerate(zip(results if several else [results], flows, strict=True)):
+        for result, flow in zip(results if several else [results], flows, strict=True):
             labels = compact(result)
             if labels.numel() == 1 and each.labels.numel() > 1 and int(labels) >= 0:
                 tracer.pin(labels, f"{tracer.where(node)} takes one of them out")
             flow.append(replace(each, labels=labels))
-            del i
     if op_name(node) == "chunk" or op_name(node) == "tensor_split":
         _equal_parts(tracer, node, flows)
     kept = [tuple(f for f in flow if bool((f.labels >= 0).any())) for flow in flows]

@@ -1,0 +1,129 @@
+"""Sizes that a user's code holds: attributes that follow a removal, numbers that can't, scales that must not."""
+
+import copy
+
+import pytest
+import torch
+from planted import planted
+from torch import nn
+
+from apoptorch import Apoptosis, load, save
+from apoptorch.graph import trace
+from apoptorch.plan import Fold, FoldPlan, SizeAttribute
+from apoptorch.rehearsal import rehearsed
+from apoptorch.surgery import Surgery
+from benchmarks.zoo.examine import HALVING, halved
+
+
+class Attention(nn.Module):
+    """By hand; the value channels of a head are counted by an attribute."""
+
+    def __init__(self, width: int = 12, heads: int = 2, values: int = 6, scale: str = "fixed"):
+        super().__init__()
+        self.heads, self.value_size, self.scale = heads, values, scale
+        self.factor = float(values) ** -0.5
+        self.first = nn.Linear(5, width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, heads * values), nn.Linear(heads * values, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        b, t, _ = x.shape
+        q, k = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key))
+        v = self.value(x).view(b, t, self.heads, self.value_size).transpose(1, 2)
+        factor = self.factor if self.scale == "fixed" else self.value_size**-0.5
+        weights = (q @ k.transpose(-1, -2) * factor).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, t, self.heads * self.value_size))
+
+
+def built(**settings):
+    torch.manual_seed(0)
+    return Attention(**settings).double(), torch.randn(24, 4, 5, dtype=torch.float64)
+
+
+def found(model, x):
+    return {group.name: group for group in rehearsed(model, trace(model, (x,), {})[0], (x,), {})}
+
+
+def test_an_attribute_that_counts_a_heads_channels_follows():
+    model, x = built()
+    before = copy.deepcopy(vars(model))
+    group = found(model, x)["value"]
+    assert group.prunable
+    assert group.sizes == (SizeAttribute("", "value_size", 1, 2),)
+    assert (model.value_size, model.factor, vars(model).keys()) == (6, 6**-0.5, before.keys())
+    outcome, _ = planted(model, (x,))
+    assert outcome.problems == []
+    assert "value" in outcome.planted
+    assert (model.value_size, model.factor) == (outcome.left["value"] // 2, 6**-0.5)
+
+
+def test_it_comes_back_from_disk_with_and_without_apoptosis(tmp_path):
+    assert halved(lambda: built()[0], (built()[1],), {})["halved_problems"] == []
+    model, x = built()
+    apoptosis = Apoptosis(model, example_inputs=x, policy=HALVING)
+    apoptosis.apoptose(x)
+    assert model.value_size == 3
+    save(model, tmp_path, apoptosis)
+    other, _ = built()
+    load(other, tmp_path)
+    third, _ = built()
+    resumed = Apoptosis(third, example_inputs=x)
+    load(third, tmp_path, resumed)
+    assert (other.value_size, third.value_size) == (3, 3)
+    assert resumed.apoptose(x).reason or third.value_size <= 3
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+def one_less(group):
+    keep = group.leading(group.width - group.blocks)
+    return FoldPlan(group.name, keep, (Fold(torch.eye(group.width, dtype=torch.float64)[:, keep]),))
+
+
+def test_followers_have_it_too_and_undone_is_undone():
+    model, x = built()
+    follower, before = copy.deepcopy(model), copy.deepcopy(vars(model))
+    groups = list(found(model, x).values())
+    with Surgery(model, followers=[follower]) as surgery:
+        surgery.fold_all_(groups, [one_less(group) for group in groups if group.name == "value"])
+        assert (model.value_size, follower.value_size) == (5, 5)
+        assert follower(x).shape == model(x).shape
+        surgery.undo_()
+    assert vars(model).keys() == before.keys()
+    assert (model.value_size, follower.value_size) == (6, 6)
+
+
+def test_a_scale_that_follows_the_attribute_pins():
+    model, x = built(scale="by size")
+    group = found(model, x)["value"]
+    assert not group.prunable
+    assert "a number that follows their size" in (group.reason or "")
+    assert (group.sizes, model.value_size) == ((), 6)
+
+
+class Numbered(nn.Module):
+    """A size that is no attribute."""
+
+    def __init__(self, compute) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(12, 3)
+        self.compute = compute
+
+    def forward(self, x):
+        return self.last(self.compute(self.first(x).tanh(), self.second(x).tanh()))
+
+
+@pytest.mark.parametrize(
+    ("compute", "told"),
+    [
+        (lambda a, b: a.view(-1, 12) + b, "fails with fewer of them"),
+        (lambda a, b: b + torch.cat([b, a, a], -1)[..., 12 : 12 + a.shape[-1]], "takes other channels"),
+    ],
+    ids=["view", "slice"],
+)
+def test_a_number_in_the_code_pins(compute, told):
+    """The slice fails nowhere; with 11 channels it begins with the second of them."""
+    torch.manual_seed(0)
+    groups = found(Numbered(compute).double(), torch.randn(7, 5, dtype=torch.float64))
+    assert not any(group.prunable for group in groups.values())
+    assert any(told in (group.reason or "") for group in groups.values())
