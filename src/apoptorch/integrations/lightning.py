@@ -110,5 +110,5 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 
 def _loss_of(module: nn.Module) -> LossFn | None:
-    found: list[Any] = [getattr(module, name, None) for name in LOSSES]
-    return next((loss for loss in found if callable(loss)), None)
+    name = next((name for name in LOSSES if callable(getattr(module, name, None))), None)
+    return getattr(module, name) if name else None

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_model
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from apoptorch.apoptosis import Apoptosis
 from apoptorch.calibrate import LossFn

@@ -30,7 +30,8 @@ def attributes(module: nn.Module) -> dict[str, Any]:
         if isinstance(module, types):
             return following | sizes(module)
     if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys():  # transformers
-        return following | {"nx": module.weight.shape[0], "nf": module.weight.shape[1]}
+        weight: Any = module.weight
+        return following | {"nx": weight.shape[0], "nf": weight.shape[1]}
     return following
 
 

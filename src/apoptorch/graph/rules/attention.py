@@ -148,7 +148,8 @@ def einsum(tracer: Tracer, node: Node) -> None:
         flows = [each for used in operands for each in tracer.flow(used)]
         tracer.pin_flow(flows, f"{tracer.where(node)} has no rule for {equation!r}")
         return
-    product(tracer, node, *operands, (list(terms[0]), list(terms[1]), list(sides[1])))
+    x, y = operands
+    product(tracer, node, x, y, (list(terms[0]), list(terms[1]), list(sides[1])))
 
 
 @rule("scaled_dot_product_attention")
