@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -276,6 +277,26 @@ def test_lbfgs_and_closures():
         optimizer.step(closure)
         apoptosis.step(x, targets=y)
     assert widths(apoptosis)[0] < 64
+
+
+def slow_to_compile(graph, inputs):
+    time.sleep(2.0)
+    return graph.forward
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_look_must_also_make_up_for_compiling_once_more(compiled):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 3))
+    used = torch.compile(model, backend=slow_to_compile) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    policy = Policy(payback=0.5, first_step=6, samples=64)
+    apoptosis = Apoptosis(
+        used, optimizer, example_inputs=X[:BATCH], loss_fn=F.cross_entropy, total_steps=60, policy=policy
+    )
+    train(used, optimizer, apoptosis, range(6))
+    assert apoptosis._unpaid == compiled
+    torch.compiler.reset()
 
 
 def test_compiled_model_is_seen_through():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import checks
 from .calibrate import Batch, LossFn, evaluate, pooled, split
-from .distributed import fingerprint, unwrapped, wrapper_problems
+from .distributed import fingerprint, is_compiled, unwrapped, wrapper_problems
 from .errors import AbandonedError, ArgumentError
 from .explain import Outlook, explained
 from .graph import trace
@@ -51,6 +51,7 @@ class Apoptosis:
         loss_fn: LossFn | None = None, total_steps: int | None = None, policy: str | Policy = "normal",
         protect: Sequence[str] = (), followers: Sequence[nn.Module] = (),
     ):  # fmt: skip
+        compiled = is_compiled(model)
         model, ranks = unwrapped(model)
         checks.checked(ranks.problems([*checks.model_problems(model)]))
         model = checks.unwrapped(model)
@@ -74,6 +75,8 @@ class Apoptosis:
         ranks.agree("channel groups", groups)
         self._network = Network(model, optimizers, tuple(followers), groups, ranks.first(costs), ranks)
         self._batch_size = max(1, int(ranks.total([Batch(args, kwargs).size])[0]))
+        timed = 0 if self.policy.payback == 0 else self._network.parameters
+        self._reduce_seconds = ranks.all_reduce_seconds(timed, next(model.parameters()).device) / max(1, timed)
         self._step = 0
         self._batches: list[Batch] = []
         self._event_step = self._first_event()
@@ -83,6 +86,7 @@ class Apoptosis:
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
         self._unpaid = False  # the last look was left out, as it would not have paid for itself
         self._thread: int | None = None
+        self._compile_seconds, self._compiles_since = 0.0, time.perf_counter() if compiled else math.inf
         self._stepped = not optimizers
         for item in optimizers:
             item.register_step_post_hook(self._mark_stepped)
@@ -121,6 +125,7 @@ class Apoptosis:
         if ranks.alone:  # else at the event, by all ranks together
             checks.checked(problems)
         if self._step == 1:
+            self._compile_seconds = max(0.0, time.perf_counter() - self._compiles_since)
             with ranks.together("measuring the first loss"):
                 own = evaluate(self._network.model, [] if problems else [batch], self.loss_fn)
             self._first_loss = pooled(own, ranks).loss
@@ -228,19 +233,22 @@ class Apoptosis:
     def _pays(self) -> bool:
         """Is the event expected to save `payback` times its cost in the steps that remain?
 
-        Only time that follows the widths can be saved: arithmetic and memory traffic, not a small network's overhead.
+        Only time that follows the widths can be saved: arithmetic, memory traffic and gradients on the network, not a
+        small network's overhead. Under torch.compile, an event costs what compiling took at the first step.
         """
         if self.policy.payback == 0 or math.isinf(self._step_seconds):  # inf: resumed on this step, none was timed
             return True
         remaining = (self.total_steps or 2 * self._step) - self._step
         saving = remaining * min(self._step_seconds, self._work()) * self._fraction
         cost = self._event_seconds or self._batches_wanted() * self._step_seconds + 0.03
+        cost += max(0.0, self._compile_seconds - self._step_seconds)  # once more, at the new widths
         return saving >= self.policy.payback * cost
 
     def _work(self) -> float:
         """Seconds of a training step that follow the widths."""
         device = next(self._network.model.parameters()).device
-        return training_seconds(self._network.flops(), self._network.parameters, device)
+        size = self._network.parameters
+        return training_seconds(self._network.flops(), size, device) + size * self._reduce_seconds
 
     def _price(self) -> float:
         """The policy's price now; a run of unknown length is in its middle."""

@@ -82,6 +82,17 @@ class Ranks:
         """Seconds since `start` (of time.perf_counter), of the slowest rank."""
         return max(self.gather(time.perf_counter() - start))
 
+    def all_reduce_seconds(self, parameters: int, device: torch.device) -> float:
+        """Seconds that one all-reduce of so many float32 gradients takes: of a sample of them, by the slowest rank."""
+        if self.group is None or parameters == 0:
+            return 0.0
+        sample = torch.zeros(min(parameters, _SAMPLE), device=device)
+        self.total_([sample])  # connections are made by the first one
+        start = time.perf_counter()
+        self.total_([sample])
+        sample.sum().item()  # waits for the device
+        return self.longest(start) * parameters / sample.numel()
+
     @contextmanager
     def together(self, doing: str) -> Iterator[None]:
         """Work of one rank, without collectives: what fails on some ranks is abandoned on all.
@@ -172,6 +183,7 @@ class Ranks:
 
 
 ALONE = Ranks()
+_SAMPLE = 2**20  # 4 MiB: on a slow network, the whole would take as long as a training step
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
@@ -182,6 +194,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
     group = model.process_group
     ranks = Ranks(group if dist.get_world_size(group) > 1 else None, model)
     return getattr(model.module, "_orig_mod", model.module), ranks
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Is the model, or the one inside DDP, wrapped by torch.compile?"""
+    return hasattr(model, "_orig_mod") or hasattr(getattr(model, "module", None), "_orig_mod")
 
 
 def is_sharded(tensor: Tensor) -> bool:

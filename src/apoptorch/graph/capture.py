@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,23 @@ from ..errors import ExportError
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Puts the training mode of every module and the values of all buffers back, and leaves the RNG untouched."""
+    """Puts the training mode of every module and the values of all buffers back, and leaves the RNG untouched.
+
+    Within, SyncBatchNorm normalises this rank's data by itself: it waits for no other rank, whatever data that has.
+    """
     modes = {module: module.training for module in model.modules()}
     owned = {module: dict(module._buffers) for module in modes}  # forward() may put others in their place
     values = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    synchronised = [module for module in modes if isinstance(module, nn.SyncBatchNorm)]
+    for module in synchronised:
+        module.forward = partial(nn.modules.batchnorm._BatchNorm.forward, module)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        for module in synchronised:
+            del module.forward
         for module, mode in modes.items():
             module.training = mode
             module._buffers.clear()
