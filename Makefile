@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ZOO := .venv/.zoo
 
-.PHONY: demo test docs dist bench-core bench-quick bench bench-tune higgs-sim bench-learning zoo fuzz calibration
+.PHONY: demo test docs dist bench-core bench-quick bench bench-tune higgs-sim bench-learning bench-scale zoo fuzz calibration
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,11 @@ fuzz: $(READY)
 calibration: $(READY)
 	$(BIN)/python -m benchmarks.calibration --seeds 0 1
 	$(BIN)/python -m benchmarks.calibration_page
+
+# Several hosts as network namespaces (root), hours; goes on where it stopped. Then docs/scaling.md.
+bench-scale: $(READY)
+	$(BIN)/python -m benchmarks.scale.hosts
+	$(BIN)/python -m benchmarks.scale.model
 
 zoo: $(ZOO)
 	$(BIN)/python -m benchmarks.zoo

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import ranks
@@ -334,12 +335,16 @@ class Normed(nn.Module):
 
 
 def synchronised(rank, world):
-    """An event with four times as many batches on rank 0 as on rank 1; torch's own layer refuses to run on the CPU."""
+    """An event with four times as many batches on rank 0 as on rank 1.
+
+    On the CPU, DDP takes no SyncBatchNorm, and the layer refuses to normalise over ranks: here it must not even try.
+    """
     model = nn.SyncBatchNorm.convert_sync_batchnorm(Normed())
-    apoptosis = Apoptosis(DistributedDataParallel(model), example_inputs=X[:4], loss_fn=F.cross_entropy, policy=POLICY)
+    apoptosis = Apoptosis(model, example_inputs=X[:4], loss_fn=F.cross_entropy, policy=POLICY)
+    network = replace(apoptosis._network, ranks=Ranks(torch.distributed.group.WORLD))
     rows = 1024 if rank == 0 else 256
     batches = [Batch((x,), {}, y) for x, y in zip(X[:rows].split(256), Y[:rows].split(256), strict=True)]
-    event = remove_(apoptosis._network, batches, batches[:1], F.cross_entropy, POLICY)
+    event = remove_(network, batches, batches[:1], F.cross_entropy, POLICY)
     assert model.training
     assert "forward" not in vars(model.norm)
     assert model.norm.num_batches_tracked == 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import apoptorch
+from apoptorch.timing import training_seconds
 from benchmarks.scale.network import sent
 from benchmarks.tasks import TASKS
 
@@ -52,6 +53,7 @@ def run(name: str, contender: str, seed: int, steps: int | None) -> dict[str, An
     total = min(steps or 10**9, task.epochs * (len(data.train_x) // task.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     record = {
+        "parameter_s": training_seconds(0.0, 1, torch.device("cpu")),
         "ranks": world, "steps": total, "batch": task.batch, "dense_parameters": parameters(model),
         "all_reduce": [[4 * size, all_reduce_seconds(size, times)] for size, times in SIZES.items()],
     }  # fmt: skip
