@@ -1,7 +1,12 @@
-"""The transformers callback in real runs of Trainer: accumulation, bf16, resume, and loading what was saved."""
+"""The transformers callback in real runs of Trainer: accumulation, bf16, resume, two processes, loading."""
+
+import os
+import sys
+import tempfile
 
 import pytest
 import torch
+from ranks import run
 from trainers import POLICY, prepare_torchvision, run_example, same
 
 from apoptorch import ArgumentError
@@ -29,11 +34,13 @@ def without_datasets(monkeypatch):
 def fit(folder, callback, resume=None, **settings):
     torch.manual_seed(0)
     model = BertForSequenceClassification(CONFIG)
+    settings = {"save_strategy": "no", "max_steps": 20, **settings}
     arguments = TrainingArguments(
-        str(folder), max_steps=20, per_device_train_batch_size=16, learning_rate=3e-3, use_cpu=True, report_to=[],
-        disable_tqdm=True, seed=0, **{"save_strategy": "no", **settings},
+        str(folder), per_device_train_batch_size=16, learning_rate=3e-3, use_cpu=True, report_to=[],
+        disable_tqdm=True, seed=0, **settings,
     )  # fmt: skip
-    Trainer(model, arguments, train_dataset=DATA, callbacks=[callback]).train(resume_from_checkpoint=resume)
+    trainer = callback.bind(Trainer(model, arguments, train_dataset=DATA, callbacks=[callback]))
+    trainer.train(resume_from_checkpoint=resume)
     return model
 
 
@@ -70,6 +77,24 @@ def test_resuming_and_loading(tmp_path):
     assert same(loaded, whole)
     with pytest.raises(ArgumentError, match=r"model\.safetensors"):
         load_pretrained(BertForSequenceClassification, tmp_path)
+
+
+def in_ddp(rank):
+    sys.modules["transformers.trainer"].is_datasets_available = lambda: False
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    callback = ApoptosisCallback(policy=POLICY)
+    with tempfile.TemporaryDirectory() as folder:
+        model = fit(folder, callback, max_steps=10)
+    return type(callback._trainer.model_wrapped).__name__, hidden(model), [p.detach() for p in model.parameters()]
+
+
+def test_two_processes_end_with_one_narrow_network():
+    first, second = run(2, in_ddp)
+    assert first[:2] == second[:2]
+    assert first[0] == "DistributedDataParallel"
+    assert first[1] < 48
+    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
 
 
 def test_the_example_runs(capsys):

@@ -19,13 +19,15 @@ from apoptorch.policy import Policy
 from .narrowing import narrow_on_load, plain_forward
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+Bound = TypeVar("Bound")
 
 
 class ApoptosisCallback(TrainerCallback, ExportableState):
     """Removes redundant neurons of the model that `transformers.Trainer` trains.
 
     The batches are those that the model itself is called with. Its state is part of the trainer's checkpoints, and
-    training resumes at the widths that were reached; a calibration set half gathered is gathered anew.
+    training resumes at the widths that were reached; a calibration set half gathered is gathered anew. On several
+    processes, `bind` it to the trainer.
 
     Args:
         loss_fn: `loss_fn(output, labels)` -> mean loss, for models that don't compute it; None: the model's own loss.
@@ -44,6 +46,13 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
         self.apoptosis: Apoptosis | None = None
         self._batch: dict[str, Any] = {}
         self._optimizer, self._total_steps, self._saved = None, None, None
+        self._trainer: Any = None
+
+    def bind(self, trainer: Bound) -> Bound:
+        """`trainer = callback.bind(Trainer(..., callbacks=[callback]))`: needed on several processes, since a Trainer
+        doesn't hand its wrapper around the model to callbacks."""
+        self._trainer = trainer
+        return trainer
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before a checkpoint is read: the model takes narrow ones."""
@@ -53,25 +62,27 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Watch what the model is called with."""
-        if args.world_size > 1:
+        if args.world_size > 1 and self._trainer is None:
             raise ArgumentError([
-                f"`Trainer` must run on one process with apoptosis, got {args.world_size}: it doesn't hand its wrapper "
-                "around the model to callbacks. Train on one process, or use accelerate or Lightning."
+                f"`callback` must be bound to the Trainer on several processes, got {args.world_size} of them. Write "
+                "trainer = callback.bind(Trainer(..., callbacks=[callback]))."
             ])  # fmt: skip
+        self._model = kwargs["model"]
+        self._called = self._model if self._trainer is None else self._trainer.model_wrapped
         self.apoptosis, self._total_steps = None, state.max_steps
         optimizer = kwargs["optimizer"]
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         states: Any = state.stateful_callbacks or {}
         saved = states.get(type(self).__name__) if state.global_step else None
         self._saved = saved["attributes"]["apoptosis"] if isinstance(saved, dict) else None
-        self._hook = kwargs["model"].register_forward_pre_hook(self._seen, with_kwargs=True)
+        self._hook = self._called.register_forward_pre_hook(self._seen, with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After every optimizer step."""
         if self.apoptosis is not None:
             batch = dict(self._batch)
             targets = batch.pop("labels", None) if self.loss_fn else None
-            with plain_forward(kwargs["model"]):
+            with plain_forward(self._model):
                 self.apoptosis.step(targets=targets, **batch)
 
     def on_train_end(
@@ -92,19 +103,19 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
             raise ArgumentError(["`model` must be called by keyword, as Trainer does, got positional arguments."])
         self._batch = {k: v for k, v in kwargs.items() if v is not None and k != "num_items_in_batch"}
         if self.apoptosis is None:
-            self._begin(model)
+            self._begin()
 
-    def _begin(self, model: nn.Module) -> None:
+    def _begin(self) -> None:
         example = {k: v for k, v in self._batch.items() if k != "labels" or self.loss_fn is None}
         self._hook.remove()  # what follows calls the model, too
-        with torch.autocast(next(model.parameters()).device.type, enabled=False), plain_forward(model):
+        with torch.autocast(self._model.device.type, enabled=False), plain_forward(self._model):
             self.apoptosis = Apoptosis(
-                model, self._optimizer, example_inputs=example, loss_fn=self.loss_fn or _own_loss,
+                self._called, self._optimizer, example_inputs=example, loss_fn=self.loss_fn or _own_loss,
                 total_steps=self._total_steps, **self.arguments,
             )  # fmt: skip
             if self._saved is not None:
                 self.apoptosis.load_state_dict(self._saved)
-        self._hook = model.register_forward_pre_hook(self._seen, with_kwargs=True)
+        self._hook = self._called.register_forward_pre_hook(self._seen, with_kwargs=True)
 
 
 def load_pretrained(model_class: type[Model], path: str | Path) -> Model:
