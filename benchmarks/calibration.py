@@ -180,6 +180,7 @@ def _compared(event: Event, before: list[Evaluation], after: list[Evaluation], f
     certificate = event.certificate
     assert certificate is not None
     level = max(abs(certificate.loss_before), (first_loss - certificate.loss_before) / 4)
+    # no more lenient than the guard, whose own prediction is damped
     result = {
         "accepted": judge(certificate, NORMAL, event.predicted or 0.0, level) is None,
         "widths_before": list(event.widths_before.values()), "widths_after": list(event.widths_after.values()),

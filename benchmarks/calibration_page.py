@@ -26,11 +26,10 @@ HEAD = (
     "|---|---|---|---|---|---|---|"
 )
 WHY = """
-Why predictions miss ([theory](theory.md), statement 13): the first-order part is a mean over the calibration inputs;
-small removals are below its standard error, sqrt(2 x second-order part / inputs); damping doubles the second-order part
-where the curvature is nearly isotropic (more is predicted than happens); networks that have fitted their data (digits,
-masses) have gradients on it that say nothing of fresh data; and a loss near 0 that becomes many times larger is beyond
-second order (less is predicted than happens).
+Why predictions miss ([theory](theory.md), statement 13): the first-order part is a mean over the calibration inputs,
+and small removals are below its standard error; networks that have fitted their data (digits, masses) have gradients
+on it that say nothing of fresh data; the chosen removals are those that these inputs find cheapest; and a loss near 0
+that becomes many times larger is beyond second order (less is predicted than happens).
 """
 
 

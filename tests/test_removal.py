@@ -179,6 +179,64 @@ def test_first_order_predicts_what_an_unfinished_training_loses():
     assert misses[0] < misses[1]
 
 
+class TwoReaders(nn.Module):
+    """One layer's channels, read by two others: through a ReLU and through a tanh."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.one, self.two = nn.Linear(6, 24), nn.Linear(24, 3), nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.shared(x)
+        return self.one(x.relu()) + self.two(x.tanh())
+
+
+def test_first_order_is_summed_over_what_each_consumer_reads():
+    """Against autograd: the derivative of the mean loss along the change of each consumer's weight and bias."""
+    torch.manual_seed(0)
+    model = TwoReaders().double()
+    x, y = data(200, 6).double(), data(200, 3, seed=1).double()
+    groups, costs = trace(model, (x,), {})
+    network = removal.Network(model, (), (), groups, costs)
+    moments = {
+        name: dataclasses.replace(m, noise=0.0)
+        for name, m in removal.measure(model, groups, [Batch((x,), {}, y)], F.mse_loss, 0.0).items()
+    }
+    plans, _ = removal.plan(network, network.prunable(1), moments, POLICY, 0.1, math.inf)
+    F.mse_loss(model(x), y).backward()
+    expected = 0.0
+    (item,), (group,) = plans, [group for group in groups if group.name == plans[0].group]
+    assert len(item.keep) < 24
+    assert len(group.consumers) == 2
+    for consumer, fold in zip(group.consumers, item.folds, strict=True):
+        layer = model.get_submodule(consumer.weight.tensor.rpartition(".")[0])
+        weight = layer.weight.detach()
+        change = -weight.clone()
+        change[:, item.keep] += weight @ fold.coeffs
+        expected += (layer.weight.grad * change).sum() + layer.bias.grad @ (weight @ fold.shift)
+    assert item.first_order == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("first", "share"), [(0.1, 0.0), (-0.1, 0.0), (2.0, 0.96), (-2.0, 0.96)])
+def test_first_order_within_its_standard_error_is_not_reported(first, share):
+    """Two groups of second-order increase 2 in all and noise 0.08: a standard error of 0.4."""
+    keep, parts = torch.arange(2), ((0.25 * first, 0.5), (0.75 * first, 1.5))
+    plans = [removal.FoldPlan("a", keep, (), predicted=f + s, first_order=f, cautious=f + 2 * s) for f, s in parts]
+    found = removal._without_noise(plans, 0.08)
+    for (f, s), item in zip(parts, found, strict=True):
+        assert item.first_order == pytest.approx(share * f)
+        assert item.predicted == pytest.approx(s + share * f)
+        assert item.cautious >= 2 * s + f
+
+
+def test_guard_goes_by_the_larger_prediction():
+    certificate = removal.Certificate(100, 1.0, 1.5, None, None, 0.95)
+    policy = dataclasses.replace(POLICY, guard=2.0, tolerance=0.0)
+    assert removal.judge(certificate, policy, 0.1, 1.0) is not None
+    assert removal.judge(certificate, policy, 0.1, 1.0, cautious=0.3) is None
+    assert removal.judge(certificate, policy, 0.3, 1.0, cautious=0.1) is None
+
+
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, F.mse_loss, ranking])
 def test_no_event_exceeds_a_limit_that_was_asked_for(loss_fn):
     outcomes = []

@@ -97,6 +97,9 @@ class Moments:
         slope, cross: the loss's gradient in a constant added to a, and in a matrix that multiplies a: E[u] and E[u a^T]
             with u the gradient of an input's loss, summed over its positions. 0 without a loss.
         readers: where consumers read different tensors, (second, mean) of each; else empty.
+        sources: where they do, (a reader's index, cross, slope) of each tensor that is read; their sums are as above.
+        damping: share of `energy` in `metric` that is damping.
+        noise: squared standard error of the first-order change of the loss, over the undamped second-order change.
     """
 
     second: Float64[Tensor, "n n"]
@@ -107,6 +110,14 @@ class Moments:
     slope: Float64[Tensor, " n"]
     cross: Float64[Tensor, "n n"]
     readers: tuple[tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None], ...] = ()
+    sources: tuple[tuple[int, Float64[Tensor, "n n"], Float64[Tensor, " n"]], ...] = ()
+    damping: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def undamped(self) -> Float64[Tensor, "n n"]:
+        """The metric without its damping: what a removal is predicted to cost, not what it is chosen by."""
+        return self.metric - self.damping * self.energy
 
 
 @dataclass(frozen=True)
@@ -157,8 +168,9 @@ class _Sums:
         self.group = group
         self.zeros = partial(torch.zeros, dtype=dtype, device=like.device)
         self.metric, self.energy = self.zeros(group.width, group.width), self.zeros(group.width, group.width)
-        self.curvature, self.slope, self.cross = self.zeros(()), self.zeros(group.width), torch.zeros_like(self.metric)
-        self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, int]] = {}  # consumers -> sums of a a^T, a, number
+        self.curvature = self.zeros(())
+        # consumers -> sums of a a^T, a, u a^T and u; number of positions
+        self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, int]] = {}
 
     def add_columns(self, weight: Tensor, slot: Slot) -> None:
         index = slot.index(self.group.width).to(weight.device)
@@ -173,37 +185,46 @@ class _Sums:
         first = readings[0]
         a, u = (first.channels(x).to(self.metric.dtype) for x in (first.source, gradient))
         key = tuple(sorted({reading.reader.index for reading in readings}))
-        empty = self.zeros(len(self.metric), len(self.metric)), self.zeros(len(self.metric)), 0
-        second, mean, positions = self.sources.get(key, empty)
+        if key not in self.sources:
+            n = len(self.metric)
+            self.sources[key] = self.zeros(n, n), self.zeros(n), self.zeros(n, n), self.zeros(n), 0
+        second, mean, cross, slope, positions = self.sources[key]
         _add_gram(second, a, 1.0)
-        self.sources[key] = second, mean.add_(a.sum(0)), positions + len(a)
+        self.sources[key] = second, mean.add_(a.sum(0)), cross, slope, positions + len(a)
         _add_gram(self.metric, u, terms)
         if inputs:
-            self.slope.add_(u.sum(0), alpha=inputs)
-            self.cross.addmm_(u.mT, a, alpha=inputs)
+            slope.add_(u.sum(0), alpha=inputs)
+            cross.addmm_(u.mT, a, alpha=inputs)
         for reading, output_gradient in zip(readings, output_gradients, strict=True):
             if output_gradient is not None:
                 self.curvature += terms * output_gradient.square().sum() / reading.reader.weight.shape[0]
 
-    def moments(self, scale: float, inputs: float, damping: float) -> Moments:
-        consumers = self.group.consumers
+    def moments(self, scale: float, matched: float, inputs: float, damping: float) -> Moments:
+        consumers, inputs = self.group.consumers, max(1.0, inputs)
         metric = scale * (_mirrored(self.metric) + damping * self.curvature * self.energy)
-        slope, cross = ((total / max(1.0, inputs)).double() for total in (self.slope, self.cross))
-        readers = []
-        for i, consumer in enumerate(consumers if len(self.sources) > 1 else ()):
+        sources = [
+            (key[0], (cross / inputs).double(), (slope / inputs).double())
+            for key, (_, _, cross, slope, _) in sorted(self.sources.items())
+        ]
+        cross, slope = (torch.stack([source[i] for source in sources]).sum(0) for i in (1, 2))  # type: ignore[arg-type]
+        several, readers = len(sources) > 1, []
+        for i, consumer in enumerate(consumers if several else ()):
             own = [sums for key, sums in self.sources.items() if i in key] or list(self.sources.values())
             readers.append(_mean_moments(own, constant=consumer.bias is not None))
         second, mean = _mean_moments(list(self.sources.values()), constant=all(c.bias for c in consumers))
-        samples = sum(number for _, _, number in self.sources.values())
-        return Moments(second, mean, metric.double(), self.energy.double(), samples, slope, cross, tuple(readers))
+        return Moments(
+            second, mean, metric.double(), self.energy.double(), sum(sums[-1] for sums in self.sources.values()),
+            slope, cross, tuple(readers), tuple(sources if several else ()),
+            damping=scale * damping * float(self.curvature), noise=2 / (matched * inputs),
+        )  # fmt: skip
 
 
 def _mean_moments(
-    sums: Sequence[tuple[Tensor, Tensor, int]], *, constant: bool
+    sums: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], *, constant: bool
 ) -> tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None]:
-    number = sum(count for _, _, count in sums)
-    second = _mirrored(sum(second for second, _, _ in sums) / number)  # type: ignore[arg-type]
-    return second.double(), (sum(mean for _, mean, _ in sums) / number).double() if constant else None  # type: ignore[union-attr]
+    number = sum(each[-1] for each in sums)
+    second = _mirrored(sum(each[0] for each in sums) / number)  # type: ignore[arg-type]
+    return second.double(), (sum(each[1] for each in sums) / number).double() if constant else None  # type: ignore[union-attr]
 
 
 def _add_gram(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float, parts: int = 4) -> None:
@@ -230,19 +251,18 @@ class _Totals:
     def pooled_(self, ranks: Ranks) -> None:
         for name in self.groups:
             sums = self.groups[name]
-            parts = [tensor for key in sorted(sums.sources) for tensor in sums.sources[key][:2]]
-            ranks.total_([sums.metric, sums.curvature, sums.slope, sums.cross, *parts])
+            parts = [tensor for key in sorted(sums.sources) for tensor in sums.sources[key][:-1]]
+            ranks.total_([sums.metric, sums.curvature, *parts])
         keys = [(sums, key) for sums in self.groups.values() for key in sorted(sums.sources)]
-        numbers = [self.samples, self.curvature, self.fisher, *(sums.sources[key][2] for sums, key in keys)]
+        numbers = [self.samples, self.curvature, self.fisher, *(sums.sources[key][-1] for sums, key in keys)]
         self.samples, self.curvature, self.fisher, *positions = ranks.total(numbers)
         for (sums, key), total in zip(keys, positions, strict=True):
-            sums.sources[key] = (*sums.sources[key][:2], int(total))
+            sums.sources[key] = (*sums.sources[key][:-1], int(total))
 
     @property
-    def scale(self) -> float:
-        """What the mean squared gradients lack, in all, to the curvature of the loss."""
-        matched = self.curvature / self.fisher if self.curvature > 0 and self.fisher > 0 else 1.0
-        return matched / max(1.0, self.samples)
+    def matched(self) -> float:
+        """What the mean squared gradients lack, as a factor, to the curvature of the loss."""
+        return self.curvature / self.fisher if self.curvature > 0 and self.fisher > 0 else 1.0
 
 
 def measure(
@@ -260,8 +280,9 @@ def measure(
     with ranks.together("measuring the activations"):
         totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank)
     totals.pooled_(ranks)
+    scale = totals.matched / max(1.0, totals.samples)
     return {
-        group.name: totals.groups[group.name].moments(totals.scale, totals.samples, damping)
+        group.name: totals.groups[group.name].moments(scale, totals.matched, totals.samples, damping)
         for group in groups
         if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
     }

@@ -150,6 +150,7 @@ class FoldPlan:
         predicted: predicted increase of the loss (the loss's own units); NaN without data.
         first_order: the part of `predicted` that the gradient gives (docs/theory.md, statement 13).
         bound: worst-case change of the consumers' output (Euclidean norm) for inputs of the asked norm, or None.
+        cautious: the same increase with damping and the gradient's part in full: what price and guard go by.
     """
 
     group: str
@@ -160,6 +161,7 @@ class FoldPlan:
     predicted: float = math.nan
     bound: float | None = None
     first_order: float = 0.0
+    cautious: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def remove_(
         clip = 10 * math.sqrt(2 * max(0.0, math.fsum(item.predicted - item.first_order for item in plans)))
         certificate = certify(before, after, policy.confidence, clip, ranks)
         increase = certificate.loss_after - certificate.loss_before
-        reason = judge(certificate, policy, draft.predicted or 0.0, level)
+        cautious = math.fsum(item.cautious for item in plans)
+        reason = judge(certificate, policy, draft.predicted or 0.0, level, cautious)
         if reason is not None:
             surgery.undo_()
             groups = network.groups
@@ -150,13 +151,16 @@ def plan(
             return found, None
         return found, first_order_curve(m.second, m.mean, m.cross, m.slope, found.order, blocks[name])
 
-    def refit(name: str) -> tuple[Int64[Tensor, " k"], tuple[Fold, ...], float, float]:
+    def refit(name: str) -> tuple[Int64[Tensor, " k"], tuple[Fold, ...], float, float, float]:
         m, keep = moments[name], searches[name][0].order[: widths[name]].sort().values
         regression = fold_blocks(m.second, m.mean, keep, blocks[name])
         rest = unexplained(m.second, m.mean, keep, regression)
         own = tuple(fold_blocks(*reader, keep, blocks[name]) for reader in m.readers)
         share = float((m.energy * rest).sum() / (m.energy * m.second).sum())
-        return keep, (regression, *own), share, first_order(m.cross, m.slope, keep, regression)
+        sources = m.sources or ((0, m.cross, m.slope),)
+        sudden = math.fsum(first_order(cross, slope, keep, (own or (regression,))[i]) for i, cross, slope in sources)
+        lasting = 0.5 * max(0.0, float((m.undamped * rest).sum()))
+        return keep, (regression, *own), share, sudden, lasting
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
     curves = {
@@ -171,15 +175,35 @@ def plan(
     narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
     refits, plans, errors = ranks.shared(narrowed, refit, "folding", device), [], {}
     for group in (g for g in groups if g.name in refits):
-        keep, (regression, *own), errors[group.name], sudden = refits[group.name]
+        keep, (regression, *own), errors[group.name], sudden, lasting = refits[group.name]
         folds = tuple(own or [regression] * len(group.consumers))
         scaled = pacemakers(network, group) if policy.rebalance else ()
         scale = regression.coeffs.square().sum(0).sqrt() if scaled else None
         if scale is not None:
             folds = tuple(Fold(each.coeffs / scale, each.shift) for each in folds)
-        predicted = float(curves[group.name][widths[group.name]])
-        plans.append(FoldPlan(group.name, keep, folds, scale, scaled, predicted + sudden, first_order=sudden))
-    return plans, errors
+        width = widths[group.name]
+        lasting *= float(overfit(group.width, moments[group.name].samples)[width])
+        plans.append(
+            FoldPlan(
+                group.name, keep, folds, scale, scaled, lasting + sudden, first_order=sudden,
+                cautious=float(curves[group.name][width]) + sudden,
+            )
+        )  # fmt: skip
+    return _without_noise(plans, max((m.noise for m in moments.values()), default=0.0)), errors
+
+
+def _without_noise(plans: Sequence[FoldPlan], noise: float) -> list[FoldPlan]:
+    """The plans with first-order parts shrunk by the positive-part James-Stein factor of their sum (Statement 13)."""
+    sudden = math.fsum(item.first_order for item in plans)
+    lasting = math.fsum(item.predicted - item.first_order for item in plans)
+    share = max(0.0, 1 - noise * lasting / sudden**2) if sudden else 0.0
+    return [
+        replace(
+            item, predicted=item.predicted + (share - 1) * item.first_order, first_order=share * item.first_order,
+            cautious=item.cautious + max(0.0, (share - 1) * item.first_order),
+        )
+        for item in plans
+    ]  # fmt: skip
 
 
 def _step(group: ChannelGroup, multiple: int) -> int:
@@ -222,12 +246,17 @@ def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
     return tuple(slots) if len(slots) <= 2 and "parametrizations" not in "".join(slots) else ()
 
 
-def judge(certificate: Certificate, policy: Policy, predicted: float, level: float) -> str | None:
-    """Why the removal must be undone (None if it need not). `level`: the loss that the tolerance is a share of."""
+def judge(
+    certificate: Certificate, policy: Policy, predicted: float, level: float, cautious: float = 0.0
+) -> str | None:
+    """Why the removal must be undone (None if it need not). `level`: the loss that the tolerance is a share of.
+
+    `cautious`: the prediction that price and guard go by, where it is above `predicted`.
+    """
     increase, share = certificate.loss_after - certificate.loss_before, certificate.changed_upper
     if not math.isfinite(increase):
         return "the loss on held-out data is no longer finite"
-    if increase - 3 * certificate.error > policy.guard * max(0.0, predicted) + policy.tolerance * level:
+    if increase - 3 * certificate.error > policy.guard * max(0.0, predicted, cautious) + policy.tolerance * level:
         return (
             f"the loss on held-out data rose by {increase:.3g} (standard error {certificate.error:.1g}), not by "
             f"{predicted:.3g} as predicted"
