@@ -74,9 +74,9 @@ class Run:
         return {"bits": fingerprint([*states, torch.get_rng_state(), random.getstate()]), "history": history}
 
 
-def life(folder, moment, pipe):
+def life(run, folder, moment, pipe):
     """One process: resumes if it can, and is killed at the given call of a function, counted from there on."""
-    run, calls = Run(), 0
+    calls = 0
 
     def count(frame, event, argument):
         nonlocal calls
@@ -98,18 +98,20 @@ def life(folder, moment, pipe):
 
 
 def lives(_, folder):
-    """Forks one process after the other, from one that has all compiled; each but the last is killed."""
+    """Forks one process after the other, from one that has all built; each but the last is killed."""
     unbroken = Run()
     unbroken.train(STEPS)
     reader, writer = os.pipe()
-    result, calls = life(Path(folder) / "whole", -1, writer)
+    result, calls = life(Run(), Path(folder) / "whole", -1, writer)
+    fresh = Run()
     dice, round_, ends = random.Random(0), 0, []
     while len(ends) < KILLS:
         round_ += 1
         while True:
             pid = os.fork()
             if pid == 0:
-                end = life(Path(folder) / str(round_), dice.randrange(calls // 5) if len(ends) < KILLS else -1, writer)
+                moment = dice.randrange(calls // 5) if len(ends) < KILLS else -1
+                end = life(fresh, Path(folder) / str(round_), moment, writer)
                 (Path(folder) / f"{round_}.json").write_text(json.dumps(end[0]))
                 os._exit(0)
             dice.random()  # the child's draw is not the parent's

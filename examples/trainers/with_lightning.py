@@ -1,4 +1,6 @@
-"""Neuron apoptosis in Lightning: one callback."""
+"""Neuron apoptosis in Lightning: one callback; --devices=2: on two ranks."""
+
+import argparse
 
 import lightning.pytorch as pl
 import torch
@@ -29,16 +31,21 @@ class Net(pl.LightningModule):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int, default=1)
+    devices = parser.parse_known_args()[0].devices
     pl.seed_everything(0)
     x = torch.randn(12_800, 20)
     data = DataLoader(TensorDataset(x, (x[:, 0] > x[:, 1]).long()), batch_size=64, shuffle=True)
     callback = ApoptosisCallback(policy=Policy(payback=0))  # else so small a network is left alone
     trainer = pl.Trainer(
-        max_epochs=2, callbacks=[callback], accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=2, callbacks=[callback], accelerator="cpu", devices=devices,
+        strategy="ddp" if devices > 1 else "auto", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Net(), data)
-    print(callback.apoptosis.explain())
+    if trainer.is_global_zero:
+        print(callback.apoptosis.explain())
 
 
 if __name__ == "__main__":
