@@ -215,7 +215,7 @@ class _Sums:
         return Moments(
             second, mean, metric.double(), self.energy.double(), sum(sums[-1] for sums in self.sources.values()),
             slope, cross, tuple(readers), tuple(sources if several else ()),
-            damping=scale * damping * float(self.curvature), noise=2 / (matched * inputs),
+            damping=scale * damping * float(self.curvature), noise=2 / (matched * inputs) if matched > 0 else 0.0,
         )  # fmt: skip
 
 
