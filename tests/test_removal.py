@@ -229,12 +229,12 @@ def test_first_order_within_its_standard_error_is_not_reported(first, share):
         assert item.cautious >= 2 * s + f
 
 
-def test_guard_goes_by_the_larger_prediction():
+def test_guard_goes_by_what_the_search_predicted():
     certificate = removal.Certificate(100, 1.0, 1.5, None, None, 0.95)
     policy = dataclasses.replace(POLICY, guard=2.0, tolerance=0.0)
-    assert removal.judge(certificate, policy, 0.1, 1.0) is not None
+    assert removal.judge(certificate, policy, 0.1, 1.0, cautious=0.1) is not None
     assert removal.judge(certificate, policy, 0.1, 1.0, cautious=0.3) is None
-    assert removal.judge(certificate, policy, 0.3, 1.0, cautious=0.1) is None
+    assert removal.judge(certificate, policy, 0.3, 1.0, cautious=0.1) is not None
 
 
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, F.mse_loss, ranking])

@@ -246,17 +246,16 @@ def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
     return tuple(slots) if len(slots) <= 2 and "parametrizations" not in "".join(slots) else ()
 
 
-def judge(
-    certificate: Certificate, policy: Policy, predicted: float, level: float, cautious: float = 0.0
-) -> str | None:
+def judge(certificate: Certificate, policy: Policy, predicted: float, level: float, cautious: float) -> str | None:
     """Why the removal must be undone (None if it need not). `level`: the loss that the tolerance is a share of.
 
-    `cautious`: the prediction that price and guard go by, where it is above `predicted`.
+    `cautious`: the prediction that the search made and the guard goes by; `predicted` follows from the fold itself, so
+    it would excuse a fold that isn't what was searched for.
     """
     increase, share = certificate.loss_after - certificate.loss_before, certificate.changed_upper
     if not math.isfinite(increase):
         return "the loss on held-out data is no longer finite"
-    if increase - 3 * certificate.error > policy.guard * max(0.0, predicted, cautious) + policy.tolerance * level:
+    if increase - 3 * certificate.error > policy.guard * max(0.0, cautious) + policy.tolerance * level:
         return (
             f"the loss on held-out data rose by {increase:.3g} (standard error {certificate.error:.1g}), not by "
             f"{predicted:.3g} as predicted"
