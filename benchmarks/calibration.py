@@ -180,9 +180,9 @@ def _compared(event: Event, before: list[Evaluation], after: list[Evaluation], f
     certificate = event.certificate
     assert certificate is not None
     level = max(abs(certificate.loss_before), (first_loss - certificate.loss_before) / 4)
-    # no more lenient than the guard, whose own prediction is damped
+    predicted = event.predicted or 0.0  # the guard's own, damped, isn't recorded: this one is no more lenient
     result = {
-        "accepted": judge(certificate, NORMAL, event.predicted or 0.0, level) is None,
+        "accepted": judge(certificate, NORMAL, predicted, level, cautious=predicted) is None,
         "widths_before": list(event.widths_before.values()), "widths_after": list(event.widths_after.values()),
         "predicted": event.predicted, "first_order": sum(change.first_order or 0.0 for change in event.changes),
         "samples": certificate.samples, "held_out": event.measured, "error": certificate.error,
