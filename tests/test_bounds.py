@@ -84,7 +84,7 @@ def rounding_allowance(rows, columns, input_norm, found, lipschitz):
 
 
 @pytest.mark.parametrize("spec", SMOOTH)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31),
     size=st.tuples(st.integers(2, 24), st.integers(1, 12)),
@@ -164,7 +164,7 @@ def test_dead_within_the_input_ball_is_exact():
     assert value.tolist() == [0.0, 0.5]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**31), st.floats(0, 1e3))
 def test_reach_is_attained_and_below_cauchy_schwarz(seed, input_norm):
     row = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -225,7 +225,7 @@ def test_multiple_floor_and_unknown_types():
         search_weights(rows / 0, neuron("relu"), ones[:5], input_norm=1.0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(1, 5000), st.floats(0, 1), st.floats(0.5, 0.9999))
 def test_clopper_pearson_is_that_of_the_beta_distribution(samples, share, confidence):
     beta = pytest.importorskip("scipy.stats").beta
@@ -271,7 +271,7 @@ def test_empirical_bernstein_covers_and_narrows():
     assert constant == pytest.approx(2.0 + 7 * math.log(40) / 300)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**31), st.integers(2, 10), st.floats(0, 2))
 def test_only_what_may_flip_flips(seed, classes, change):
     generator = torch.Generator().manual_seed(seed)
@@ -287,7 +287,7 @@ def test_only_what_may_flip_flips(seed, classes, change):
     assert bool((moved.argmax(1) != logits.argmax(1))[flips & (change > 1e-6)].all())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**31), st.integers(1, 2000))
 def test_dot_rounding(seed, terms):
     x, y = torch.randn(2, terms, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

@@ -43,7 +43,7 @@ def cheapest(curves, costs, budget, multiple):
     return min(flops(costs, widths) for widths in affordable)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(networks(), st.floats(0.0, 3.0))
 def test_within_budget_and_near_the_optimum(network, budget):
     curves, costs, multiple = network
@@ -71,7 +71,7 @@ def test_mean_saving_is_close_to_the_optimum():
     assert sum(share) / len(share) > 0.98
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(networks(), st.lists(st.floats(0.0, 3.0), min_size=2, max_size=6))
 def test_more_budget_never_costs_more(network, budgets):
     curves, costs, multiple = network

@@ -32,7 +32,7 @@ def test_a_boost_into_the_own_frame_leaves_the_mass_and_keeps_products():
     np.testing.assert_allclose(moved[0], other @ metric @ frame / 80, rtol=1e-9)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(-1, 1), st.floats(1, 300))
 def test_the_decay_angle_is_the_one_that_the_decay_was_made_with(cosine, speed):
     """W at rest decays at that angle to z; it flies along z, its mother is at rest."""
@@ -43,7 +43,7 @@ def test_the_decay_angle_is_the_one_that_the_decay_was_made_with(cosine, speed):
     assert cos_decay_angle(fermion, w, mother) == pytest.approx(cosine, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(directions, directions)
 def test_the_neutrino_makes_a_w_with_the_lepton_or_as_near_to_it_as_its_transverse_momentum_allows(lepton, other):
     lepton, missing = vector(*lepton), np.array(other[:2])

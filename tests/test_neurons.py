@@ -25,7 +25,7 @@ LINE = torch.cat([(KINKS + NEAR).flatten(), STEEP, torch.linspace(-30, 30, 4001,
 
 
 @pytest.mark.parametrize("spec", KNOWN)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**31), log_gap=st.floats(-6, 2))
 def test_lipschitz_constant_is_never_exceeded(spec, seed, log_gap):
     lipschitz, function = neuron(spec).lipschitz, activation(spec)

@@ -49,7 +49,7 @@ def naive_order(second, mean, metric, k):
     return order
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES, st.sampled_from([1, 3, 8, 64]))
 def test_select_is_naive_pivoted_cholesky_and_its_error_that_of_regression(case, block):
     seed, n, rank, constant = case
@@ -69,7 +69,7 @@ def test_select_is_naive_pivoted_cholesky_and_its_error_that_of_regression(case,
         assert float(error[j]) == pytest.approx(expected, rel=1e-6, abs=1e-10 * float(error[0]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(CASES, st.floats(0.05, 1.0))
 def test_fold_is_the_regression(case, share):
     seed, n, rank, constant = case
@@ -88,7 +88,7 @@ def test_fold_is_the_regression(case, share):
     torch.testing.assert_close(actual, regression_residual(a, keep, constant), rtol=1e-5, atol=1e-7 * scale)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(CASES)
 def test_unexplained_is_exact_for_any_fold(case):
     seed, n, rank, constant = case
@@ -103,7 +103,7 @@ def test_unexplained_is_exact_for_any_fold(case):
     torch.testing.assert_close(unexplained(second, mean, keep, worse), rest.T @ rest / len(a), rtol=1e-8, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 10), st.booleans())
 def test_rank_deficient(seed, n, rank, constant):
     rank = min(rank, n)

@@ -14,7 +14,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_distributed import BATCH, POLICY, STEPS, X, assert_same, mlp, share, timeless
 from torch import nn
@@ -196,7 +196,6 @@ plain = st.recursive(
 
 
 @given(plain)
-@settings(deadline=None)
 def test_plain_data_comes_back_from_json_as_it_was(value):
     tensors = {}
     text = json.dumps(encoded(value, tensors, "x"), allow_nan=False)

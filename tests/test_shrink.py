@@ -191,7 +191,7 @@ def random_chain(name, shape):
     return model.double().eval(), torch.randn(32, 2, 10, 10, dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**31),
     st.sampled_from(BOUNDED),

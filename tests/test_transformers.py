@@ -55,7 +55,7 @@ def cross_entropy(output, labels):
 @pytest.mark.parametrize(
     ("loss_fn", "settings"),
     [(None, {}), (cross_entropy, {}), (None, {"bf16": True, "gradient_accumulation_steps": 2})],
-    ids=str,
+    ids=["own-loss", "loss-fn", "bf16-accumulated"],
 )
 def test_a_run_shrinks_the_model(tmp_path, loss_fn, settings):
     callback = ApoptosisCallback(loss_fn, policy=POLICY)
