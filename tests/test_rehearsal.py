@@ -1,6 +1,10 @@
 """Sizes that a user's code holds: attributes that follow a removal, numbers that can't, scales that must not."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +13,13 @@ from torch import nn
 
 from apoptorch import Apoptosis, load, save
 from apoptorch.graph import trace
+from apoptorch.integrations import narrow_on_load
 from apoptorch.plan import Fold, FoldPlan, SizeAttribute
 from apoptorch.rehearsal import rehearsed
 from apoptorch.surgery import Surgery
 from benchmarks.zoo.examine import HALVING, halved
+
+ROOT = Path(__file__).parents[1]
 
 
 class Attention(nn.Module):
@@ -127,3 +134,51 @@ def test_a_number_in_the_code_pins(compute, told):
     groups = found(Numbered(compute).double(), torch.randn(7, 5, dtype=torch.float64))
     assert not any(group.prunable for group in groups.values())
     assert any(told in (group.reason or "") for group in groups.values())
+
+
+FRESH = """
+import sys, torch
+from apoptorch import load
+from apoptorch.integrations import narrow_on_load
+from test_rehearsal import built
+folder = sys.argv[1]
+x = torch.load(f"{folder}/x.pt", weights_only=True)
+for read in (
+    lambda model: narrow_on_load(model).load_state_dict(torch.load(f"{folder}/state.pt", weights_only=True)),
+    lambda model: load(model, f"{folder}/saved"),
+):
+    model, _ = built()
+    read(model)
+    print(model.value_size, model.value.out_features, model.out.in_features, model.state_dict()._metadata[""])
+    assert torch.equal(model.eval()(x), torch.load(f"{folder}/y.pt", weights_only=True))
+"""
+
+
+def test_a_fresh_process_finds_the_attributes_that_followed(tmp_path):
+    model, x = built()
+    Apoptosis(model, example_inputs=(x,), policy=HALVING).apoptose(x)
+    assert model.value_size == 3
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    save(model, tmp_path / "saved")
+    torch.save(x, tmp_path / "x.pt")
+    torch.save(model.eval()(x).detach(), tmp_path / "y.pt")
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), str(ROOT)])
+    shown = subprocess.run(
+        [sys.executable, "-c", FRESH, tmp_path], check=True, env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    metadata = {"version": 1, "apoptosis_sizes": {"value_size": 3}}
+    assert shown.splitlines() == [f"3 6 6 {metadata}"] * 2
+
+
+def test_a_state_dict_s_sizes_are_checked_and_undone_with_the_rest():
+    model, _ = built()
+    with Surgery(model) as surgery:
+        surgery.resize_({"": {"value_size": 4}})
+        assert model.state_dict()._metadata[""]["apoptosis_sizes"] == {"value_size": 4}
+        surgery.undo_()
+    state = model.state_dict()
+    assert state._metadata[""] == {"version": 1}
+    state._metadata[""]["apoptosis_sizes"] = {"value_size": 7}
+    with pytest.raises(RuntimeError, match="`value_size` must be an integer of at least 7, got 6"):
+        narrow_on_load(model).load_state_dict(state)

@@ -10,6 +10,7 @@ from ranks import run
 from trainers import POLICY, prepare_torchvision, run_example, same
 
 from apoptorch import ArgumentError
+from apoptorch.surgery import Surgery, following
 
 prepare_torchvision()
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
@@ -77,6 +78,20 @@ def test_resuming_and_loading(tmp_path):
     assert same(loaded, whole)
     with pytest.raises(ArgumentError, match=r"model\.safetensors"):
         load_pretrained(BertForSequenceClassification, tmp_path)
+
+
+def test_sizes_that_no_tensor_tells_are_in_the_configuration(tmp_path):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(CONFIG).eval()
+    before = model(WORDS[:8])["logits"]
+    with Surgery(model) as surgery:
+        surgery.resize_({"bert.encoder.layer.0.attention.self": {"attention_head_size": 4}})  # four heads, not two
+    model.config.apoptosis_sizes = following(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(BertForSequenceClassification, tmp_path)
+    assert loaded.bert.encoder.layer[0].attention.self.attention_head_size == 4
+    assert torch.equal(loaded(WORDS[:8])["logits"], model(WORDS[:8])["logits"])
+    assert not torch.equal(loaded(WORDS[:8])["logits"], before)
 
 
 def in_ddp(rank):

@@ -7,26 +7,42 @@ from typing import Any
 from torch import nn
 
 from apoptorch.errors import SurgeryError
-from apoptorch.surgery import named_tensors, narrow_
+from apoptorch.surgery import FOLLOWING, Surgery, named_tensors, narrow_
 
 
 def narrow_on_load(model: nn.Module) -> nn.Module:
     """Let `model.load_state_dict` take checkpoints of a narrowed model: it narrows itself to their shapes first.
 
     Call it on a model built at full size, before the optimizer has state. Whatever is narrower in the checkpoint is
-    narrowed, so that it must be one of the same architecture. Returns the model.
+    narrowed, so that it must be one of the same architecture. Integer attributes of your own modules that apoptosis
+    narrowed too (`self.head_dim`) are in the metadata of the state dict, which `torch.save` keeps and safetensors
+    doesn't: `apoptorch.save` writes them in any case. Returns the model.
     """
     model.register_load_state_dict_pre_hook(_narrow)
+    for module in model.modules():
+        module.register_load_state_dict_pre_hook(_resize)
     return model
 
 
 def _narrow(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    error_messages = rest[-1]
     shapes = {name: state[prefix + name].shape for name in named_tensors(module) if prefix + name in state}
-    try:
+    with _reporting(rest[-1]):
         narrow_(module, shapes)
-    except SurgeryError as error:  # load_state_dict reports it with everything else that doesn't fit
-        error_messages.append(str(error))
+
+
+def _resize(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+    if isinstance(sizes := metadata.get(FOLLOWING), dict):
+        with _reporting(rest[-1]), Surgery(module) as surgery:
+            surgery.resize_({"": sizes})
+
+
+@contextmanager
+def _reporting(messages: list[str]) -> Iterator[None]:
+    """load_state_dict reports what fails with everything else that doesn't fit."""
+    try:
+        yield
+    except SurgeryError as error:
+        messages.append(str(error))
 
 
 @contextmanager

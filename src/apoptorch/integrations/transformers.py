@@ -15,6 +15,7 @@ from apoptorch.apoptosis import Apoptosis
 from apoptorch.calibrate import LossFn
 from apoptorch.errors import ArgumentError
 from apoptorch.policy import Policy
+from apoptorch.surgery import Surgery, following
 
 from .narrowing import narrow_on_load, plain_forward
 
@@ -75,6 +76,8 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
         states: Any = state.stateful_callbacks or {}
         saved = states.get(type(self).__name__) if state.global_step else None
         self._saved = saved["attributes"]["apoptosis"] if isinstance(saved, dict) else None
+        if isinstance(saved, dict):
+            _resize(self._model, saved["attributes"].get("sizes", {}))
         self._hook = self._called.register_forward_pre_hook(self._seen, with_kwargs=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -83,7 +86,9 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
             batch = dict(self._batch)
             targets = batch.pop("labels", None) if self.loss_fn else None
             with plain_forward(self._model):
-                self.apoptosis.step(targets=targets, **batch)
+                event = self.apoptosis.step(targets=targets, **batch)
+            if event is not None:
+                self._model.config.apoptosis_sizes = following(self._model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,7 +99,8 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """A part of the trainer's checkpoint, as JSON."""
         state = None if self.apoptosis is None else {**self.apoptosis.state_dict(), "batches": []}
-        return {"args": {}, "attributes": {"apoptosis": state}}
+        sizes = {} if self.apoptosis is None else following(self._model)
+        return {"args": {}, "attributes": {"apoptosis": state, "sizes": sizes}}
 
     def _seen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -130,7 +136,14 @@ def load_pretrained(model_class: type[Model], path: str | Path) -> Model:
         raise ArgumentError([f"`path` must be a directory with model.safetensors, got {path}. Save the model there."])
     model = model_class(model_class.config_class.from_pretrained(path))  # type: ignore[union-attr]
     load_model(narrow_on_load(model), file)
+    _resize(model, getattr(model.config, "apoptosis_sizes", {}))
     return model.eval()
+
+
+def _resize(model: nn.Module, sizes: Any) -> None:
+    """Safetensors hold none of the integer attributes that were narrowed: a checkpoint's JSON does."""
+    with Surgery(model) as surgery:
+        surgery.resize_(sizes)
 
 
 def _own_loss(output: Any, labels: Any) -> torch.Tensor:

@@ -25,14 +25,28 @@ FOLLOWING = "apoptosis_sizes"  # names, kept on a user's module, of its integer 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
     """A module's size attributes: what they must be by the shapes of its tensors, and those that were narrowed."""
-    following = {name: getattr(module, name) for name in vars(module).get(FOLLOWING, ())}
+    known = _following(module)
     for types, sizes in _ATTRIBUTES:
         if isinstance(module, types):
-            return following | sizes(module)
+            return known | sizes(module)
     if type(module).__name__ == "Conv1D" and {"nx", "nf"} <= vars(module).keys():  # transformers
         weight: Any = module.weight
-        return following | {"nx": weight.shape[0], "nf": weight.shape[1]}
-    return following
+        return known | {"nx": weight.shape[0], "nf": weight.shape[1]}
+    return known
+
+
+def following(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The size attributes that were narrowed and that no tensor's shape tells, by module and name."""
+    return {path: sizes for path, module in model.named_modules() if (sizes := _following(module))}
+
+
+def note_sizes(module: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    """A hook: `module.state_dict()` holds, in its metadata, those that no tensor's shape tells."""
+    metadata[FOLLOWING] = _following(module)
+
+
+def _following(module: nn.Module) -> dict[str, int]:
+    return {name: getattr(module, name) for name in vars(module).get(FOLLOWING, ())}
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from apoptorch.surgery.tensors import (
     like,
     named_tensors,
     narrowed_state,
+    note_sizes,
     originals,
     own_tensors,
     right_inverse,
@@ -272,8 +273,9 @@ class Surgery:
             module = network.get_submodule(path)
             for name, value in values.items():
                 if name not in (known := attributes(module)):
-                    following = (*vars(module).get(FOLLOWING, ()), name)
-                    self._set_attribute_(module, FOLLOWING, following)
+                    if not (names := vars(module).get(FOLLOWING, ())):
+                        self._remember(("hook", id(module)), module.register_state_dict_post_hook(note_sizes).remove)
+                    self._set_attribute_(module, FOLLOWING, (*names, name))
                 if known.get(name) != value:
                     self._set_attribute_(module, name, value)
 
