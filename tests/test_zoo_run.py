@@ -112,9 +112,13 @@ def test_a_learning_run_gives_what_the_page_reads(contender, monkeypatch):
 
 def test_the_learning_page_compares_runs_of_one_seed():
     about = {"seed": 0, "task": "transformer", "machine": {"cpu": "x"}, "torch": "2", "commit": "abc"}
-    dense = {**about, "contender": "dense", "wall_s": 13.0, "metric": -1.5}
-    ours = {**about, "contender": "apoptosis", "wall_s": 10.0, "metric": -1.505, "groups": {"up": [16, 8], "v": [4, 4]}}
+    costs = {"cpu_s": 12.0, "train_flops": 6, "parameters": 4}
+    dense = {**about, "contender": "dense", "wall_s": 13.0, "metric": -1.5, **costs}
+    half = {key: value / 2 for key, value in costs.items()}
+    ours = {**about, "contender": "apoptosis", "wall_s": 10.0, "metric": -1.505, **half}
+    ours["groups"] = {"up": [16, 8], "v": [4, 4]}
     text = learning.page([dense, ours])
     assert "| transformer | 0 | wall time, dense / apoptosis | >= 1.3 | 1.3 | pass |" in text
     assert "| transformer | 0 | nats of validation loss saved | >= -0.01 | -0.005 | pass |" in text
+    assert "| transformer | 0 | CPU time, dense / apoptosis | | 2 | |" in text
     assert "- transformer, seed 0: up 16 -> 8" in text
