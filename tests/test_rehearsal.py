@@ -182,3 +182,52 @@ def test_a_state_dict_s_sizes_are_checked_and_undone_with_the_rest():
     state._metadata[""]["apoptosis_sizes"] = {"value_size": 7}
     with pytest.raises(RuntimeError, match="`value_size` must be an integer of at least 7, got 6"):
         narrow_on_load(model).load_state_dict(state)
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed once, but not while it is compiled, as the advice for such caches goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.known = nn.Linear(5, 12), nn.Linear(12, 3), {}
+
+    def forward(self, x):
+        factor = torch.arange(1.0, 4.0)
+        if not torch.compiler.is_compiling():
+            factor = self.known.setdefault(3, factor)
+        return self.last(self.first(x).tanh()) * factor
+
+
+def test_what_forward_keeps_holds_no_tensor_without_data():
+    model, x = Remembering(), torch.randn(7, 5)
+    assert rehearsed(model, trace(model, (x,), {})[0], (x,), {})[0].prunable
+    assert not model.known
+    assert type(model(x)) is torch.Tensor
+
+
+def test_matrices_that_forward_transposes_are_layers():
+    class Turned(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Turned(5, 40), nn.GELU(), Turned(40, 3)).double()
+    outcome, apoptosis = planted(model, (torch.randn(48, 5, dtype=torch.float64),), most=8)
+    assert outcome.problems == []
+    assert [group.width for group in apoptosis.groups if group.prunable] == [8]
+    assert (model[0].out_features, model[2].weight.shape) == (8, (3, 8))
+
+
+def test_a_transposed_matrix_that_another_op_reads_stays():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            turned = self.last.weight.T
+            return self.first(x).tanh() @ turned + turned.sum()
+
+    model, x = Turned(), torch.randn(48, 5)
+    event = Apoptosis(model, example_inputs=x, policy=HALVING).apoptose(x)
+    assert (event.changes, model.first.out_features) == ((), 12)

@@ -70,6 +70,15 @@ def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int
     return None
 
 
+def _transposed(result: Any, weight: Any) -> bool:
+    """Is it the transpose of a matrix, as a view (weight.T)?"""
+    if not isinstance(result, Tensor) or not isinstance(weight, Tensor) or weight.ndim != 2:
+        return False
+    return result.data_ptr() == weight.data_ptr() and (*result.shape, *result.stride()) == (
+        *weight.shape[::-1], *weight.stride()[::-1],
+    )  # fmt: skip
+
+
 def _lstm(gates: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     i, f, g, o = (gates + hidden).chunk(4, -1)
     state = f.sigmoid() * state + i.sigmoid() * g.tanh()
@@ -127,10 +136,14 @@ class Recorder(TorchFunctionMode):
         self.readings: list[Reading] = []
         self.lost: set[str] = set()
         self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # inputs that need no gradient, and their stand-ins that do
+        self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # transposes of known weights, and these
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = [reader for leaf in tree_leaves((args, kwargs)) for reader in self.readers.get(id(leaf), ())]
+        if func in _PRODUCTS and len(args) == 2 and id(args[1]) in self.turned:
+            func, args = F.linear, (args[0], self.turned[id(args[1])][1])
+        leaves = [self.turned.get(id(leaf), (leaf, leaf))[1] for leaf in tree_leaves((args, kwargs))]
+        known = [reader for leaf in leaves for reader in self.readers.get(id(leaf), ())]
         if not known:
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in _CELLS and len(args) == 9:
@@ -144,7 +157,9 @@ class Recorder(TorchFunctionMode):
         found = {reader: place for reader, place in places.items() if place is not None}
         if not found:
             result = func(*args, **kwargs)
-            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            if _transposed(result, args[0]):
+                self.turned[id(result)] = (result, args[0])
+            elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
                 self.lost |= {reader.group for reader in known}
             return result
         args = list(args)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
@@ -135,11 +136,12 @@ class _Rehearsal:
 
 
 def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
-    """How forward() fails, on tensors without data."""
+    """How forward() fails, on tensors without data, which code that keeps tensors (a cache) must not keep."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     quiet, log.disabled = log.disabled, True
     try:
-        with calibrating(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with calibrating(model), torch.no_grad(), _compiling_state_context(), fakes as mode:
             fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             model(*fake[0], **fake[1])
     except Exception as error:  # a forward pass raises whatever the user wrote

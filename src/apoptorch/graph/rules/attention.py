@@ -4,13 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from ..labels import Field, along
-from ..tracer import Flow, Tracer, argument, arguments, rule, shape
+from ..tracer import Flow, Tracer, argument, arguments, op_name, rule, shape
 
 Letters = list[str]
 Pair = tuple[Node, Node]
+_TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
 def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, Letters, Letters]) -> None:
@@ -19,8 +21,8 @@ def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, L
     Channels that are summed over must meet the columns of a parameter. Others pass: what they are multiplied by may
     differ between blocks (heads) and positions, not between the channels of a block.
     """
-    out = dims[2]
-    fields: list[Field] = []
+    (x, left), (y, right), out = _parameter(tracer, x, dims[0]), _parameter(tracer, y, dims[1]), dims[2]
+    dims, fields = (left, right, out), list[Field]()
     flows = [tracer.flow(x), tracer.flow(y)]
     summed = [letter for letter in dict.fromkeys(dims[0] + dims[1]) if letter not in out]
     for letter in summed:
@@ -44,6 +46,17 @@ def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, L
                 tracer.made_by_product(each.labels, operand)
     _cost(tracer, (x, y), flows, dims, summed)
     tracer.emit(node, tracer.join(node, fields))
+
+
+def _parameter(tracer: Tracer, operand: Node, letters: Letters) -> tuple[Node, Letters]:
+    """The parameter that the operand is a transpose of (x @ weight.T), its letters in the parameter's order."""
+    node, own = operand, letters
+    while node not in tracer.tensors and op_name(node) in _TRANSPOSES:
+        sizes = torch.empty([*range(1, len(own) + 1)])
+        order = node.target(sizes, *arguments(node)[1:], **node.kwargs).shape  # type: ignore[operator]
+        own = [letter for _, letter in sorted(zip(order, own, strict=True))]
+        node = arguments(node)[0]
+    return (node, own) if node in tracer.tensors else (operand, letters)
 
 
 def _cost(tracer: Tracer, operands: Pair, flows: Sequence[Flow], dims: Sequence[Letters], summed: Letters) -> None:
