@@ -107,6 +107,7 @@ def planted(
     if parallel:
         for group in groups:
             scale_(model, group, classes[group.name], generator)
+    settle_(model, args, kwargs)
     full, before = copy.deepcopy(model), outputs(model, args, kwargs)
     event = apoptosis.apoptose(*args, **kwargs, budget=BUDGET[next(model.parameters()).dtype])
     after = outputs(model, args, kwargs)
@@ -145,6 +146,24 @@ def plant_(model: nn.Module, group: ChannelGroup, classes: Classes) -> None:
         rows = opened(tensors[slot.tensor], slot)
         rows[entries(slot, group)] = rows[entries(slot, group, classes.source)]
         write_(tensors[slot.tensor], slot, rows)
+
+
+@torch.no_grad()
+def settle_(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Batch norms' running statistics become those of the batch: a new model's tell of no data, and what is redundant
+    besides the copies, as calibration sees it, need not be so in eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if modes[module] and isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for module in modes:
+        module.training = module in norms
+    for norm in norms:
+        norm.momentum = 1.0
+    model(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, mode in modes.items():
+        module.training = mode
 
 
 @torch.no_grad()

@@ -79,8 +79,13 @@ CONTENDERS: dict[str, Callable[[Entry], Iterator[Record]]] = {"apoptorch": apopt
 
 
 def _seeded(entry: Entry) -> nn.Module:
+    """The model with random weights, also where it starts with zeros (a head): else nothing counts that is read there."""
     torch.manual_seed(0)
-    return entry.build()
+    model = entry.build()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def _tensors(output: Any) -> list[Tensor]:
