@@ -79,7 +79,7 @@ CONTENDERS: dict[str, Callable[[Entry], Iterator[Record]]] = {"apoptorch": apopt
 
 
 def _seeded(entry: Entry) -> nn.Module:
-    """The model with random weights, also where it starts with zeros (a head): else nothing counts that is read there."""
+    """The model with random weights, also where it starts with zeros (a head), which would hide what it reads."""
     torch.manual_seed(0)
     model = entry.build()
     for parameter in model.parameters():
