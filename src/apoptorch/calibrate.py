@@ -86,7 +86,7 @@ def split(batch: Batch) -> tuple[Batch, Batch]:
 
 @dataclass(frozen=True)
 class Moments:
-    """A group at its consumers' inputs, averaged over samples and positions.
+    """A group at its consumers' inputs, averaged over samples and positions, in the precision that they were summed in.
 
     Attributes:
         second: E[a a^T].
@@ -102,20 +102,20 @@ class Moments:
         noise: squared standard error of the first-order change of the loss, over the undamped second-order change.
     """
 
-    second: Float64[Tensor, "n n"]
-    mean: Float64[Tensor, " n"] | None
-    metric: Float64[Tensor, "n n"]
-    energy: Float64[Tensor, "n n"]
+    second: Float[Tensor, "n n"]
+    mean: Float[Tensor, " n"] | None
+    metric: Float[Tensor, "n n"]
+    energy: Float[Tensor, "n n"]
     samples: int
-    slope: Float64[Tensor, " n"]
-    cross: Float64[Tensor, "n n"]
-    readers: tuple[tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None], ...] = ()
-    sources: tuple[tuple[int, Float64[Tensor, "n n"], Float64[Tensor, " n"]], ...] = ()
+    slope: Float[Tensor, " n"]
+    cross: Float[Tensor, "n n"]
+    readers: tuple[tuple[Float[Tensor, "n n"], Float[Tensor, " n"] | None], ...] = ()
+    sources: tuple[tuple[int, Float[Tensor, "n n"], Float[Tensor, " n"]], ...] = ()
     damping: float = 0.0
     noise: float = 0.0
 
     @property
-    def undamped(self) -> Float64[Tensor, "n n"]:
+    def undamped(self) -> Float[Tensor, "n n"]:
         """The metric without its damping: what a removal is predicted to cost, not what it is chosen by."""
         return self.metric - self.damping * self.energy
 
@@ -175,7 +175,7 @@ class _Sums:
     def add_columns(self, weight: Tensor, slot: Slot) -> None:
         index = slot.index(self.group.width).to(weight.device)
         columns = slot.opened(weight.detach()).movedim(slot.dim, 0)[index].flatten(1)
-        self.energy += (columns @ columns.mT).to(self.energy.dtype)
+        _add_gram(self.energy, columns.mT.to(self.energy.dtype), 1.0)
 
     def add(
         self, readings: Sequence[Reading], gradient: Tensor, output_gradients: Sequence[Tensor | None], terms: float,
@@ -199,43 +199,49 @@ class _Sums:
             if output_gradient is not None:
                 self.curvature += terms * output_gradient.square().sum() / reading.reader.weight.shape[0]
 
-    def moments(self, scale: float, matched: float, inputs: float, damping: float) -> Moments:
-        consumers, inputs = self.group.consumers, max(1.0, inputs)
-        metric = scale * (_mirrored(self.metric) + damping * self.curvature * self.energy)
-        sources = [
-            (key[0], (cross / inputs).double(), (slope / inputs).double())
-            for key, (_, _, cross, slope, _) in sorted(self.sources.items())
-        ]
-        cross, slope = (torch.stack([source[i] for source in sources]).sum(0) for i in (1, 2))  # type: ignore[arg-type]
+    def moments_(self, scale: float, matched: float, inputs: float, damping: float) -> Moments:
+        """The averages; the sums are used up."""
+        consumers, inputs, curvature = self.group.consumers, max(1.0, inputs), float(self.curvature)
+        metric = self.metric.add_(self.energy, alpha=damping * curvature).mul_(scale)
+        keys, sums = sorted(self.sources), [self.sources[key] for key in sorted(self.sources)]
+        means = [(cross.div_(inputs), slope.div_(inputs)) for _, _, cross, slope, _ in sums]
+        sources = tuple((key[0], *mean) for key, mean in zip(keys, means, strict=True))
         several, readers = len(sources) > 1, []
         for i, consumer in enumerate(consumers if several else ()):
-            own = [sums for key, sums in self.sources.items() if i in key] or list(self.sources.values())
+            own = [each for key, each in zip(keys, sums, strict=True) if i in key] or sums
             readers.append(_mean_moments(own, constant=consumer.bias is not None))
-        second, mean = _mean_moments(list(self.sources.values()), constant=all(c.bias for c in consumers))
+        second, mean = _mean_moments(sums, constant=all(consumer.bias for consumer in consumers))
         return Moments(
-            second, mean, metric.double(), self.energy.double(), sum(sums[-1] for sums in self.sources.values()),
-            slope, cross, tuple(readers), tuple(sources if several else ()),
-            damping=scale * damping * float(self.curvature), noise=2 / (matched * inputs) if matched > 0 else 0.0,
+            second, mean, _mirror_(metric), _mirror_(self.energy), sum(each[-1] for each in sums),
+            sum(slope for _, slope in means[1:]) + means[0][1], sum(cross for cross, _ in means[1:]) + means[0][0],
+            tuple(readers), sources if several else (),
+            damping=scale * damping * curvature, noise=2 / (matched * inputs) if matched > 0 else 0.0,
         )  # fmt: skip
 
 
 def _mean_moments(
     sums: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], *, constant: bool
-) -> tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"] | None]:
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"] | None]:
     number = sum(each[-1] for each in sums)
-    second = _mirrored(sum(each[0] for each in sums) / number)  # type: ignore[arg-type]
-    return second.double(), (sum(each[1] for each in sums) / number).double() if constant else None  # type: ignore[union-attr]
+    second, mean = (torch.stack([each[i] for each in sums]).sum(0) if len(sums) > 1 else sums[0][i] for i in (0, 1))
+    return _mirror_(second / number), mean / number if constant else None
 
 
-def _add_gram(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float, parts: int = 4) -> None:
+def _add_gram(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float) -> None:
     """total += weight x^T x on the blocks that hold its upper triangle; those below may stay as they are."""
-    step = max(64, -(-total.shape[0] // parts))
-    for start in range(0, total.shape[0], step):
-        total[start : start + step, start:].addmm_(x[:, start : start + step].mT, x[:, start:], alpha=weight)
+    for rows in _strips(len(total)):
+        total[rows, rows.start :].addmm_(x[:, rows].mT, x[:, rows.start :], alpha=weight)
 
 
-def _mirrored(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    return total.triu() + total.triu(1).mT
+def _mirror_(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    for rows in _strips(len(total)):
+        total[rows.stop :, rows] = total[rows, rows.stop :].mT
+    return total
+
+
+def _strips(n: int, parts: int = 4) -> Iterator[slice]:
+    step = max(64, -(-n // parts))
+    return (slice(start, min(n, start + step)) for start in range(0, n, step))
 
 
 @dataclass
@@ -282,7 +288,7 @@ def measure(
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
     return {
-        group.name: totals.groups[group.name].moments(scale, totals.matched, totals.samples, damping)
+        group.name: totals.groups[group.name].moments_(scale, totals.matched, totals.samples, damping)
         for group in groups
         if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
     }

@@ -18,7 +18,7 @@ from .errors import ArgumentError
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
 from .policy import Policy
-from .redundancy import Selection, first_order, first_order_curve, fold_blocks, select_blocks, unexplained
+from .redundancy import Selection, first_order, first_order_curve, fold_blocks, others, select_blocks, unexplained
 from .surgery import Surgery, named_tensors
 
 
@@ -156,10 +156,11 @@ def plan(
         regression = fold_blocks(m.second, m.mean, keep, blocks[name])
         rest = unexplained(m.second, m.mean, keep, regression)
         own = tuple(fold_blocks(*reader, keep, blocks[name]) for reader in m.readers)
-        share = float((m.energy * rest).sum() / (m.energy * m.second).sum())
+        lost = others(keep, len(m.second))
+        share = float((m.energy[lost][:, lost] * rest).sum() / torch.dot(m.energy.flatten(), m.second.flatten()))
         sources = m.sources or ((0, m.cross, m.slope),)
         sudden = math.fsum(first_order(cross, slope, keep, (own or (regression,))[i]) for i, cross, slope in sources)
-        lasting = 0.5 * max(0.0, float((m.undamped * rest).sum()))
+        lasting = 0.5 * max(0.0, float((m.undamped[lost][:, lost] * rest).sum()))
         return keep, (regression, *own), share, sudden, lasting
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)

@@ -64,13 +64,13 @@ def select(
     """
     check_finite(second=second, mean=mean, metric=metric)
     n, noise = len(second), _rounding(second)
-    residual, metric = _centred(second, mean), metric.double()
+    residual, fine = _centred(second, mean), metric.double()
     live = torch.arange(n, device=second.device)
-    order, gains, left = [live[:0]], [residual.new_zeros(0)], _half_trace(metric, residual)
+    order, gains, left = [live[:0]], [residual.new_zeros(0)], _half_trace(fine, residual)
     block, floor = round_up(block, multiple), min(n, round_up(floor, multiple))
     found = 0
     while found < n and (left > stop or found < floor):
-        rows, pivots = _pivot_block(residual, metric.diagonal().clamp(min=0), noise, min(block, len(live)))
+        rows, pivots = _pivot_block(residual, fine.diagonal().clamp(min=0), noise, min(block, len(live)))
         if len(pivots) == 0:
             break
         order.append(live[pivots])
@@ -78,10 +78,10 @@ def select(
         found += len(pivots)
         residual.addmm_(rows.T, rows, alpha=-1.0)
         _clear(residual, (residual.diagonal() <= noise).index_fill(0, pivots, True))
-        left = _half_trace(metric, residual)
+        left = _half_trace(fine, residual)
         open_ = residual.diagonal() > 0
         if 4 * int(open_.sum()) < 3 * len(live):  # copying pays once a quarter is done with
-            residual, metric = residual[open_][:, open_], metric[open_][:, open_]
+            residual, fine, metric = (matrix[open_][:, open_] for matrix in (residual, fine, metric))
             live, noise = live[open_], noise[open_]
     return _trim(torch.cat(order), torch.cat(gains), left, n, stop=stop, floor=floor, multiple=multiple)
 
@@ -145,12 +145,13 @@ def fold(
     grows tenfold until the factorization succeeds. Rows of survivors are exactly the identity.
     """
     check_finite(second=second, mean=mean)
-    covariance = _centred(second, mean)
-    scale = covariance.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)
-    normal = covariance[:, keep] / scale[:, None] / scale[keep]
-    coeffs = _solve(normal[keep], normal.T, ridge).T * scale[:, None] / scale[keep]
-    coeffs[keep] = torch.eye(len(keep), dtype=coeffs.dtype, device=coeffs.device)
+    variance = second.diagonal().double() - (0.0 if mean is None else mean.double().square())
+    varies = variance > _rounding(second)
+    scale = torch.where(varies, variance, 1.0).sqrt()
+    normal = _rows(second, mean, keep).mul_(varies / scale).mul_((varies / scale)[keep, None])
+    lost = others(keep, len(second))
+    coeffs = normal.new_zeros(len(second), len(keep)).index_put_((keep, torch.arange(len(keep))), normal.new_ones(()))
+    coeffs[lost] = _solve(normal[:, keep], normal[:, lost], ridge).T * scale[lost, None] / scale[keep]
     if mean is None:
         return Fold(coeffs)
     shift = mean.double() - coeffs @ mean.double()[keep]
@@ -216,23 +217,33 @@ def unexplained(
     mean: Float[Tensor, " n"] | None,
     keep: Int64[Tensor, " k"],
     fold: Fold,
-) -> Float64[Tensor, "n n"]:
-    """Second moment of a - coeffs @ a[keep] - shift; exact for any fold, zero on the survivors."""
+) -> Float64[Tensor, "n-k n-k"]:
+    """Second moment of a - coeffs @ a[keep] - shift on the channels that go, `others(keep, n)`; exact for any fold.
+
+    On the survivors it is zero.
+    """
     lost = others(keep, len(second))
-    raw, coeffs = second.double(), fold.coeffs.double()[lost]
-    rest = raw if mean is None else raw - torch.outer(mean.double(), mean.double())
-    half = rest[lost] - coeffs @ rest[keep]
-    inner = half[:, lost] - half[:, keep] @ coeffs.T
+    coeffs = fold.coeffs.double()[lost]
+    half = _rows(second, mean, lost).addmm_(coeffs, _rows(second, mean, keep), alpha=-1.0)
+    inner = half[:, lost].addmm_(half[:, keep], coeffs.T, alpha=-1.0)
     if mean is not None:
         offset = mean.double()[lost] - coeffs @ mean.double()[keep]
         offset = offset if fold.shift is None else offset - fold.shift.double()[lost]
-        inner = inner + torch.outer(offset, offset)
-    return raw.new_zeros(raw.shape).index_put_((lost[:, None], lost), inner)
+        inner.addr_(offset, offset)
+    return inner
+
+
+def _rows(
+    second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, channels: Int64[Tensor, " k"]
+) -> Float64[Tensor, "k n"]:
+    """Rows of the covariance (second moment where `mean` is None)."""
+    rows = second[channels].double()
+    return rows if mean is None else rows.addr_(mean.double()[channels], mean.double(), alpha=-1.0)
 
 
 def _centred(second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None) -> Float64[Tensor, "n n"]:
     """A fresh covariance (second moment where `mean` is None) with exact zeros for constant channels."""
-    rest = second.double().clone()
+    rest = second.to(torch.float64, copy=True)
     if mean is not None:
         rest.addr_(mean.double(), mean.double(), alpha=-1.0)
     _clear(rest, rest.diagonal() <= _rounding(second))
@@ -253,8 +264,8 @@ def _half_trace(metric: Float64[Tensor, "m m"], residual: Float64[Tensor, "m m"]
     return 0.5 * torch.dot(metric.reshape(-1), residual.reshape(-1)).clamp(min=0)
 
 
-def _half_quadratic(rows: Float64[Tensor, "b m"], metric: Float64[Tensor, "m m"]) -> Float64[Tensor, " b"]:
-    return 0.5 * ((rows @ metric) * rows).sum(1).clamp(min=0)
+def _half_quadratic(rows: Float64[Tensor, "b m"], metric: Float[Tensor, "m m"]) -> Float64[Tensor, " b"]:
+    return 0.5 * ((rows.to(metric.dtype) @ metric) * rows).sum(1).clamp(min=0)
 
 
 def others(chosen: Int64[Tensor, " k"], n: int) -> Int64[Tensor, " n-k"]:
