@@ -94,7 +94,7 @@ def test_all_planted_redundancy_goes_and_the_output_stays(name, loss, training):
     found = {group.name: group.width for group in apoptosis.groups if group.prunable}
     assert found == widths
     assert {change.group: change.after for change in event.changes} == widths
-    assert -1e-9 <= event.predicted <= 1e-6
+    assert -1e-8 <= event.predicted <= 1e-6  # float32
     assert model.training == training
     after = model.eval()(x)
     assert (after - before).norm() <= 1e-4 * before.norm()

@@ -178,12 +178,12 @@ class _Sums:
         _add_gram(self.energy, columns.mT.to(self.energy.dtype), 1.0)
 
     def add(
-        self, readings: Sequence[Reading], gradient: Tensor, output_gradients: Sequence[Tensor | None], terms: float,
-        inputs: float,
+        self, readings: Sequence[Reading], gradient: Tensor | None, output_gradients: Sequence[Tensor | None],
+        terms: float, inputs: float,
     ) -> None:  # fmt: skip
-        """One tensor, and the consumers that read it."""
+        """One tensor, and the consumers that read it; no gradient where nothing that the loss sees depends on it."""
         first = readings[0]
-        a, u = (first.channels(x).to(self.metric.dtype) for x in (first.source, gradient))
+        a = first.channels(first.source).to(self.metric.dtype)
         key = tuple(sorted({reading.reader.index for reading in readings}))
         if key not in self.sources:
             n = len(self.metric)
@@ -191,6 +191,9 @@ class _Sums:
         second, mean, cross, slope, positions = self.sources[key]
         _add_gram(second, a, 1.0)
         self.sources[key] = second, mean.add_(a.sum(0)), cross, slope, positions + len(a)
+        if gradient is None:
+            return
+        u = first.channels(gradient).to(self.metric.dtype)
         _add_gram(self.metric, u, terms)
         if inputs:
             slope.add_(u.sum(0), alpha=inputs)
@@ -273,9 +276,11 @@ class _Totals:
 
 def measure(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ALONE, backward: float = 1.0,
 ) -> dict[str, Moments]:  # fmt: skip
     """Moments of every group that is read, from one forward and one backward pass to the activations a batch.
+
+    The backward passes, for all that gradients tell, are left out after the first share `backward` of the batches.
 
     With a loss, gradients are weighted (empirical Fisher) such that their trace at the output is that of the loss's
     Hessian: the two differ once examples are fitted, as the gradients vanish before the curvature does.
@@ -284,7 +289,7 @@ def measure(
     training mode only (by an auxiliary head), or in a way that can't be followed, have none.
     """
     with ranks.together("measuring the activations"):
-        totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank)
+        totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank, math.ceil(backward * len(batches)))
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
     return {
@@ -296,7 +301,7 @@ def measure(
 
 def _totals(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float,
-    seed: int,
+    seed: int, sent_back: int,
 ) -> _Totals:  # fmt: skip
     totals = _Totals({})
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)  # a resumed run draws the same
@@ -307,11 +312,15 @@ def _totals(
                 weight = weight_of(model, consumer.weight.tensor)
                 readers.setdefault(id(weight), []).append(Reader(group.name, i, consumer.weight, group.width, weight))
                 totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, consumer.weight)
-        for batch in batches:
-            with Recorder(readers) as recorder:
+        for i, batch in enumerate(batches):
+            with Recorder(readers) as recorder, torch.set_grad_enabled(i < sent_back):
                 output = model(*batch.args, **batch.kwargs)
-            leaves, gradients, terms, curvature = _output_gradients(output, batch, loss_fn, generator)
             totals.lost |= recorder.lost
+            if i >= sent_back:
+                for (group, _), pairs in _by_source(recorder.readings).items():
+                    totals.groups[group].add(pairs, None, (), 0, 0)
+                continue
+            leaves, gradients, terms, curvature = _output_gradients(output, batch, loss_fn, generator)
             totals.samples += batch.size
             totals.curvature += batch.size * curvature
             totals.fisher += batch.size * terms * sum(g.square().sum().item() for g in gradients)
@@ -332,14 +341,17 @@ def _accumulate(
     found = torch.autograd.grad(leaves, wanted, gradients, allow_unused=True) if sent else [None] * len(wanted)
     of_source = dict(zip(sources, found, strict=False))
     of_output = found[len(sources) :] if damped else [None] * len(readings)
-    together: dict[tuple[str, int], list[tuple[Reading, Tensor | None]]] = {}
-    for reading, output_gradient in zip(readings, of_output, strict=True):
-        together.setdefault((reading.reader.group, id(reading.source)), []).append((reading, output_gradient))
-    for (group, source), pairs in together.items():  # two consumers of one tensor: its gradient has both
-        gradient = of_source[source]
-        if gradient is None:  # nothing that the loss sees depends on it
-            gradient = torch.zeros_like(sources[source])
-        sums[group].add([reading for reading, _ in pairs], gradient, [g for _, g in pairs], terms, inputs)
+    of_reading = dict(zip(readings, of_output, strict=True))
+    for (group, source), together in _by_source(readings).items():  # two consumers of one tensor: its gradient has both
+        sums[group].add(together, of_source[source], [of_reading[reading] for reading in together], terms, inputs)
+
+
+def _by_source(readings: Sequence[Reading]) -> dict[tuple[str, int], list[Reading]]:
+    """What consumers of a group read in one tensor, by group and tensor."""
+    together: dict[tuple[str, int], list[Reading]] = {}
+    for reading in readings:
+        together.setdefault((reading.reader.group, id(reading.source)), []).append(reading)
+    return together
 
 
 def _output_gradients(

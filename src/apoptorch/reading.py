@@ -25,7 +25,7 @@ class Reader:
     weight: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """One tensor that a consumer read along dimension `dim`, and what its layer made of it."""
 

@@ -89,7 +89,7 @@ def remove_(
     if budget is None:
         budget, price = policy.tolerance * level, price * (learned if learned > 0.1 * level else 0.1 * level)
     groups = network.prunable(policy.floor)
-    moments = measure(network.model, groups, calibration, loss_fn, policy.damping, ranks)
+    moments = measure(network.model, groups, calibration, loss_fn, policy.damping, ranks, backward=0.5)
     groups = [group for group in groups if group.name in moments]
     plans, errors = plan(network, groups, moments, policy, budget, price)
     draft = _draft(network, step, budget, plans, errors)
