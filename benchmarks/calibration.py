@@ -18,7 +18,8 @@ from comparison import mlp, sgd
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from apoptorch.calibrate import Batch, Evaluation, LossFn, evaluate
+from apoptorch.batches import Batch, LossFn
+from apoptorch.evaluation import Evaluation, evaluate
 from apoptorch.graph import trace
 from apoptorch.plan import Event
 from apoptorch.policy import POLICIES

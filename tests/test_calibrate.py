@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from apoptorch.calibrate import Batch, evaluate, measure, merged, relative_changes
+from apoptorch.batches import Batch, merged
+from apoptorch.calibrate import measure
+from apoptorch.evaluation import evaluate, relative_changes
 from apoptorch.graph import trace
 
 
@@ -188,7 +190,8 @@ def test_losses_of_single_inputs(loss_fn, targets, apart):
         assert found.units.tolist() == pytest.approx(alone, rel=1e-12)
         assert found.units.mean().item() == pytest.approx(found.loss)
     else:
-        assert found.units.tolist() == list(found.losses)
+        together = [loss_fn(model(*batch.args), batch.targets).item() for batch in batches]
+        assert found.units.tolist() == pytest.approx(together, rel=1e-12)
 
 
 def test_positions_of_a_linear_layer_count_as_samples():

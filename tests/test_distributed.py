@@ -16,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptorch import Apoptosis, ArgumentError, Policy, removal
-from apoptorch.calibrate import Batch
+from apoptorch.batches import Batch
 from apoptorch.distributed import Ranks, fingerprint
 from apoptorch.errors import AbandonedError, RanksError
 from apoptorch.removal import remove_

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from apoptorch import Apoptosis, Policy, apoptosis, removal
-from apoptorch.calibrate import Batch
+from apoptorch.batches import Batch
 from apoptorch.errors import ArgumentError
 from apoptorch.graph import trace
 from apoptorch.plan import Event
@@ -618,7 +618,7 @@ def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(shrunk, 
 
 def test_certificate_counts_changed_predictions():
     evaluations = [
-        removal.Evaluation(4, loss, (loss,), torch.full((4,), loss), torch.tensor(classes), ())
+        removal.Evaluation(4, loss, torch.full((4,), loss), torch.tensor(classes), ())
         for loss, classes in ((1.0, [0, 1, 2, 0]), (1.5, [0, 1, 0, 0]))
     ]
     certificate = removal.certify(*evaluations, 0.95, 1.0)

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .calibrate import Batch, LossFn, evaluate, pooled, split
+from .batches import Batch, LossFn, split
 from .distributed import fingerprint, is_compiled, unwrapped, wrapper_problems
 from .errors import AbandonedError, ArgumentError
+from .evaluation import evaluate, pooled
 from .explain import Outlook, explained
 from .graph import trace
 from .plan import ChannelGroup, Event
@@ -80,7 +81,7 @@ class Apoptosis:
         self._step = 0
         self._batches: list[Batch] = []
         self._event_step = self._first_event()
-        self._wake = self._network.ranks.first(self._next_wake())
+        self._wake = self._next_wake()
         self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
         self._last_call, self._step_seconds, self._first_loss = math.nan, math.inf, math.nan
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
@@ -209,7 +210,8 @@ class Apoptosis:
         """Gathering begins in time for the event, if one can still come."""
         last = self.policy.stop * self.total_steps if self.total_steps else math.inf
         begin = max(self._step + 1, self._event_step - self._batches_wanted() + 1)
-        return begin if self._event_step <= last and (self.policy.payback == 0 or self._work() > _OVERHEAD) else _NEVER
+        comes = self._event_step <= last and (self.policy.payback == 0 or self._work() > _OVERHEAD)
+        return self._network.ranks.first(begin if comes else _NEVER)
 
     def _gather(self, batch: Batch) -> Event | None:
         """Keeps a copy of the batch; on the event's step, removes neurons if that is expected to pay."""
@@ -226,7 +228,7 @@ class Apoptosis:
             if not self._unpaid:
                 event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
             self._event_step = math.ceil(self._step * self.policy.gap)
-            self._wake = self._network.ranks.first(self._next_wake())
+            self._wake = self._next_wake()
         self._last_call = time.perf_counter()
         return event if event is not None and (event.changes or event.rolled_back) else None
 

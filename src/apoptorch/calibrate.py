@@ -1,87 +1,27 @@
-"""What calibration batches say: moments of each group at its consumers' inputs, losses and predictions.
+"""What calibration batches say of the groups: moments at their consumers' inputs.
 
 Shapes: N inputs in all batches, n channels of a group. A consumer reads n channels at every position (pixels of a
 convolution, entries of a flattened block); positions count as samples of the second moment and as terms of the loss.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
+from .batches import Batch, LossFn
 from .distributed import ALONE, Ranks
-from .errors import ArgumentError
 from .graph import preserved
 from .plan import ChannelGroup, Slot
 from .reading import Reader, Reading, Recorder
-
-LossFn = Callable[[Any, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Arguments of one call of the model, and the targets that go with them."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    targets: Any = None
-
-    @property
-    def size(self) -> int:
-        """Number of inputs: the first dimension of the first tensor."""
-        return next(
-            (len(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if torch.is_tensor(leaf) and leaf.ndim), 0
-        )
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with `function` applied to every tensor."""
-        tensors = tree_map(
-            lambda leaf: function(leaf) if torch.is_tensor(leaf) else leaf, (self.args, self.kwargs, self.targets)
-        )
-        return Batch(*tensors)
-
-
-def merged(batches: Sequence[Batch], size: int = 256) -> list[Batch]:
-    """The same inputs in fewer batches of at least `size`, where all tensors are batched and alike in shape."""
-    result: list[Batch] = []
-    for batch in batches:
-        if result and result[-1].size < size and (both := joined(result[-1], batch)) is not None:
-            result[-1] = both
-        else:
-            result.append(batch)
-    return result
-
-
-def joined(a: Batch, b: Batch) -> Batch | None:
-    """The inputs of both as one batch; None where a tensor isn't batched, or differs in the shape of an input."""
-    one, spec = tree_flatten((a.args, a.kwargs, a.targets))
-    other, same = tree_flatten((b.args, b.kwargs, b.targets))
-    for x, y in zip(one, other, strict=False):
-        alike = torch.is_tensor(x) and torch.is_tensor(y) and x.ndim and x.shape[1:] == y.shape[1:]
-        if not alike or len(x) != a.size or len(y) != b.size:
-            return None
-    if spec != same:
-        return None
-    return Batch(*tree_unflatten([torch.cat(pair) for pair in zip(one, other, strict=True)], spec))
-
-
-def split(batch: Batch) -> tuple[Batch, Batch]:
-    """Three quarters to plan on and a quarter to judge on; the same batch twice if it can't be divided."""
-    size = batch.size
-    leaves = [leaf for leaf in tree_leaves((batch.args, batch.kwargs, batch.targets)) if isinstance(leaf, Tensor)]
-    if size < 8 or any(leaf.ndim == 0 or len(leaf) != size for leaf in leaves):
-        return batch, batch
-    cut = size - max(1, size // 4)
-    return batch.map(lambda tensor: tensor[:cut]), batch.map(lambda tensor: tensor[cut:])
 
 
 @dataclass(frozen=True)
@@ -118,22 +58,6 @@ class Moments:
     def undamped(self) -> Float[Tensor, "n n"]:
         """The metric without its damping: what a removal is predicted to cost, not what it is chosen by."""
         return self.metric - self.damping * self.energy
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss, that of each batch and of each input, predicted classes (None if there are none) and outputs, flat or
-    in rows of one input each.
-
-    `units`: the loss of each input, or of each batch where the mean loss is not the mean of theirs.
-    """
-
-    samples: int
-    loss: float
-    losses: tuple[float, ...]
-    units: Float64[Tensor, " m"]
-    predictions: Int64[Tensor, " N"] | None
-    outputs: tuple[Tensor, ...]
 
 
 @contextmanager
@@ -216,8 +140,8 @@ class _Sums:
         second, mean = _mean_moments(sums, constant=all(consumer.bias for consumer in consumers))
         return Moments(
             second, mean, _mirror_(metric), _mirror_(self.energy), sum(each[-1] for each in sums),
-            sum(slope for _, slope in means[1:]) + means[0][1], sum(cross for cross, _ in means[1:]) + means[0][0],
-            tuple(readers), sources if several else (),
+            _sum([slope for _, slope in means]), _sum([cross for cross, _ in means]), tuple(readers),
+            sources if several else (),
             damping=scale * damping * curvature, noise=2 / (matched * inputs) if matched > 0 else 0.0,
         )  # fmt: skip
 
@@ -226,8 +150,12 @@ def _mean_moments(
     sums: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], *, constant: bool
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"] | None]:
     number = sum(each[-1] for each in sums)
-    second, mean = (torch.stack([each[i] for each in sums]).sum(0) if len(sums) > 1 else sums[0][i] for i in (0, 1))
+    second, mean = _sum([each[0] for each in sums]), _sum([each[1] for each in sums])
     return _mirror_(second / number), mean / number if constant else None
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*tensors]).sum(0) if len(tensors) > 1 else tensors[0]
 
 
 def _add_gram(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float) -> None:
@@ -396,95 +324,3 @@ def _loss_terms(batch: Batch) -> int:
     """How many terms a mean loss averages: one for each class label, else one for each input."""
     labels = [leaf for leaf in tree_leaves(batch.targets) if torch.is_tensor(leaf) and not leaf.is_floating_point()]
     return labels[0].numel() if len(labels) == 1 else batch.size
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None) -> Evaluation:
-    """Mean loss (NaN without `loss_fn`), predicted classes and outputs on these batches, in calibration mode."""
-    losses, units, predictions, outputs, samples = [], [], [], [], [batch.size for batch in batches]
-    with calibrating(model):
-        for batch in batches:
-            output = model(*batch.args, **batch.kwargs)
-            losses.append(_mean_loss(loss_fn(output, batch.targets)) if loss_fn else math.nan)
-            units.append(_input_losses(loss_fn, output, batch, losses[-1]) if loss_fn else None)
-            leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
-            predictions.append(_classes(leaves[0], batch.targets) if leaves else None)
-            outputs.append(_rows(leaves, batch.size))
-    loss = sum(x * n for x, n in zip(losses, samples, strict=True)) / max(1, sum(samples))
-    classes = [p for p in predictions if p is not None]
-    known = torch.cat(classes) if classes and len(classes) == len(batches) else None
-    apart = [part for part in units if part is not None]
-    single = torch.cat(apart) if apart and len(apart) == len(batches) else torch.tensor(losses, dtype=torch.float64)
-    return Evaluation(sum(samples), loss, tuple(losses), single, known, tuple(outputs))
-
-
-def _rows(leaves: Sequence[Tensor], size: int) -> Tensor:
-    """Outputs with a row for each input, or in one row if they don't count inputs."""
-    rows = size if leaves and all(leaf.ndim and len(leaf) == size for leaf in leaves) else 1
-    return torch.cat([leaf.reshape(rows, -1) for leaf in leaves], 1) if leaves else torch.zeros(0, 0)
-
-
-def _input_losses(loss_fn: LossFn, output: Any, batch: Batch, mean: float) -> Float64[Tensor, " n"] | None:
-    """The loss of each input alone; None where they have none, or where it is not their mean that `loss_fn` gives."""
-    leaves, spec = tree_flatten((output, batch.targets))
-    batched = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
-    if not batched or any(leaves[i].ndim == 0 or len(leaves[i]) != batch.size for i in batched):
-        return None
-
-    def of_one(*parts: Tensor) -> Tensor:
-        alone = [*leaves]
-        for i, part in zip(batched, parts, strict=True):
-            alone[i] = part[None]
-        return torch.as_tensor(loss_fn(*tree_unflatten(alone, spec)))
-
-    tensors = [leaves[i] for i in batched]
-    for way in (torch.func.vmap(of_one, randomness="different"), lambda *all_: torch.stack([*map(of_one, *all_)])):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # vmap's, on losses that it runs one by one
-                found = way(*tensors).double().flatten()
-        except Exception:  # whatever a loss does that knows no batch of one
-            continue
-        fits = len(found) == batch.size and math.isclose(float(found.mean()), mean, rel_tol=1e-3, abs_tol=1e-6)
-        return found.cpu() if fits else None
-    return None
-
-
-def pooled(own: Evaluation, ranks: Ranks) -> Evaluation:
-    """The evaluation on the batches of all ranks; `outputs` stay this rank's."""
-    if ranks.alone:
-        return own
-    found = ranks.gather(replace(own, outputs=()))
-    samples, known = sum(part.samples for part in found), [p.predictions for p in found if p.predictions is not None]
-    loss = sum(part.loss * part.samples for part in found) / samples if samples else math.nan
-    losses = tuple(loss for part in found for loss in part.losses)
-    units, classes = torch.cat([part.units for part in found]), torch.cat(known) if len(known) == len(found) else None
-    return Evaluation(samples, loss, losses, units, classes, own.outputs)
-
-
-def _mean_loss(loss: Any) -> float:
-    if isinstance(loss, int | float) or (torch.is_tensor(loss) and loss.numel() == 1):
-        return float(loss)
-    got = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-    raise ArgumentError([f"`loss_fn` must return the mean loss, one number, got {got}. Use reduction='mean'."])
-
-
-def _classes(output: Tensor, targets: Any) -> Tensor | None:
-    """Predicted classes where the targets say that there are any: argmax for labels, sign for 0/1 targets."""
-    if not torch.is_tensor(targets):
-        return None
-    if not targets.is_floating_point() and output.ndim == targets.ndim + 1:
-        along = 1 if output.shape[:1] + output.shape[2:] == targets.shape else -1
-        return output.argmax(along).flatten()
-    if output.numel() == targets.numel() and bool(((targets == 0) | (targets == 1)).all()):
-        threshold = 0.5 if bool(((output >= 0) & (output <= 1)).all()) else 0.0
-        return (output > threshold).long().flatten()
-    return None
-
-
-def relative_changes(before: Evaluation, after: Evaluation, ranks: Ranks = ALONE) -> Float64[Tensor, " m"]:
-    """Squared change of each input's output, relative to the mean square of the outputs before, on all ranks."""
-    squares = [before.outputs, [a - b for a, b in zip(after.outputs, before.outputs, strict=True)]]
-    own = [torch.cat([x.double().square().sum(1) for x in rows]).cpu() for rows in squares]
-    sizes, changes = (torch.cat(column) for column in zip(*ranks.gather(own), strict=True))
-    return changes / (float(sizes.mean()) or 1.0)

@@ -10,11 +10,13 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .batches import Batch, LossFn, merged
 from .bounds import clopper_pearson_upper, mean_upper, standard_error
 from .budget import flops, spend
-from .calibrate import Batch, Evaluation, LossFn, Moments, evaluate, measure, merged, pooled, relative_changes
+from .calibrate import Moments, measure
 from .distributed import ALONE, Ranks
 from .errors import ArgumentError
+from .evaluation import Evaluation, evaluate, pooled, relative_changes
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
 from .policy import Policy
@@ -133,9 +135,7 @@ def plan(
     priced = math.isfinite(price)
     costs = network.open_costs(groups)
     worth = price * flops(costs, network.widths) ** (1 + policy.concavity)  # of all that the groups still cost
-    stop = min(
-        worth / 100, budget / 20 if priced else budget / 500
-    )  # finer differences would not change what is bought
+    stop = min(worth / 100, budget / (20 if priced else 500))  # finer differences would not change what is bought
     steepest = policy.steepest if priced else math.inf
     floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
     steps = {group.name: _step(group, policy.multiple) for group in groups}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import checks
+from .batches import Batch, LossFn, split
 from .bounds import may_flip
-from .calibrate import Batch, LossFn, evaluate, split
 from .closed_form import Outcome, fold_chain_
+from .evaluation import evaluate
 from .graph import trace, trace_chain
 from .plan import Event, GroupChange
 from .policy import POLICIES

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .calibrate import Batch, calibrating, weight_of
+from .batches import Batch
+from .calibrate import calibrating, weight_of
 from .plan import ChannelGroup, CostTerm
 
 

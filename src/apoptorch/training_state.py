@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apoptorch.calibrate import Batch, joined
+from apoptorch.batches import Batch, joined
 from apoptorch.distributed import Ranks
 from apoptorch.errors import CheckpointError
 

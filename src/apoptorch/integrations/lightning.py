@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from apoptorch.apoptosis import Apoptosis
-from apoptorch.calibrate import LossFn
+from apoptorch.batches import LossFn
 from apoptorch.errors import ArgumentError
 from apoptorch.policy import Policy
 

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback, Trai
 from transformers.training_args import TrainingArguments
 
 from apoptorch.apoptosis import Apoptosis
-from apoptorch.calibrate import LossFn
+from apoptorch.batches import LossFn
 from apoptorch.errors import ArgumentError
 from apoptorch.policy import Policy
 from apoptorch.surgery import Surgery, following
