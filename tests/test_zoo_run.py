@@ -84,6 +84,7 @@ def test_the_page_counts_the_last_run_of_each_model():
     assert "| models that pass everything | >= 97 % | 50% of 2 | **miss** |" in text
     assert "| mlp | hand-written | 10 | 3 | 5.0 | 75% | 25% | ok | fails: x |" in text
     assert "Both are ok on 0 models, only apoptorch on 1, only Torch-Pruning on 1, neither on 0." in text
+    assert "graph, in the median model: 1666.7 ms (below 200 nodes)." in text
     assert "traced in over 4 s CPU | none | mlp | **miss** |" in text
     assert "apoptorch is not | none | gru | **miss** |" in text
 

@@ -86,7 +86,22 @@ def _summary(pairs: dict[str, tuple[Record, Record | None]]) -> list[str]:
         f"Both are ok on {both[True, True]} models, only apoptorch on {both[True, False]}, only Torch-Pruning on "
         f"{both[False, True]}, neither on {both[False, False]}."
         + (f" {missing} of the zoo's {len(ZOO)} models are not measured yet." if missing else ""),
+        *_pace(ours),
     ]  # fmt: skip
+
+
+def _pace(runs: Sequence[Record]) -> list[str]:
+    """Whether tracing is linear in the nodes of the graph."""
+    sizes = {"below 200 nodes": (0, 200), "200 to 500": (200, 500), "more": (500, 1 << 30)}
+    found = {
+        name: [r["trace_s"] / r["nodes"] for r in runs if a <= r.get("nodes", -1) < b] for name, (a, b) in sizes.items()
+    }
+    paces = [f"{1000 * median(each):.1f} ms ({name})" for name, each in found.items() if each]
+    return (
+        ["", f"CPU time of tracing for each node of the graph, in the median model: {', '.join(paces)}."]
+        if paces
+        else []
+    )
 
 
 def _row(name: str, ours: Record, theirs: Record | None) -> str:
