@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="fashion-mlp")
     parser.add_argument("--hosts", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--rates", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="default: the task's")
     parser.add_argument("--timeout", type=float, default=4 * 3600, help="seconds that a run may take")
@@ -39,7 +40,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that hosts are removed
     about = conditions([*MEASURED, "benchmarks/scale/train.py"])
     done = {key(record) for record in records(RESULTS)}
-    for run in runs(args.task, args.hosts, args.rates, args.seeds):
+    for run in runs(args.task, args.hosts, args.rates, args.seeds, args.contenders):
         run |= {"max_steps": args.steps, **about}
         if key(run) in done:
             continue
@@ -48,14 +49,16 @@ def main() -> None:
         print(f"{run['hosts']} x {run['rate']} {run['contender']}: {run['total_s']:.1f} s, metric {run['metric']:.4f}")
 
 
-def runs(task: str, hosts: Sequence[int], rates: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def runs(
+    task: str, hosts: Sequence[int], rates: Sequence[str], seeds: Sequence[int], contenders: Sequence[str] = CONTENDERS
+) -> list[dict[str, Any]]:
     """What identifies each run, dense and apoptosis right after each other; one host has no network."""
     return [
         {"task": task, "hosts": number, "rate": rate, "seed": seed, "contender": contender}
         for seed in seeds
         for number in hosts
         for rate in (rates if number > 1 else ["unlimited"])
-        for contender in CONTENDERS
+        for contender in contenders
     ]
 
 

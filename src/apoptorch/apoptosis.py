@@ -23,6 +23,7 @@ from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
 from .rehearsal import rehearsed
 from .removal import Network, abandoned, remove_
+from .sharding import sharding_problems
 from .surgery import Surgery, named_tensors, narrowed, sizes_of
 from .timing import milliseconds, training_seconds
 
@@ -31,8 +32,8 @@ class Apoptosis:
     """Removes the neurons of `model` that its training makes redundant: call `step` after every optimizer.step().
 
     Args:
-        model: the network, also inside DistributedDataParallel or torch.compile. With DDP every method but `explain`,
-            `report` and `state_dict` is to be called on every rank, each with its own data.
+        model: the network, also inside DistributedDataParallel or torch.compile, or after fully_shard. On several ranks
+            every method but `explain`, `report` and `state_dict` is to be called on each, with its own data.
         optimizer: one, several or none.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of one training batch.
         loss_fn: `loss_fn(output, targets)` -> mean loss. Budgets are in its units; without it they are relative mean
@@ -54,23 +55,29 @@ class Apoptosis:
     ):  # fmt: skip
         compiled = is_compiled(model)
         model, ranks = unwrapped(model)
-        checks.checked(ranks.problems([*checks.model_problems(model)]))
-        model = checks.unwrapped(model)
+        checks.checked(ranks.problems([*checks.model_problems(model, ranks)]))
         optimizers = _several(optimizer)
+        if ranks.sharded is None:
+            model = checks.unwrapped(model)
+        else:
+            checks.checked(ranks.problems([*sharding_problems(model, optimizers, followers)]))
         args, kwargs = checks.as_call(example_inputs)
         problems = [*checks.follower_problems(model, followers)]
         problems += checks.optimizer_problems(model, optimizers, followers if not problems else ())
-        problems += [*checks.name_problems(model, protect), *checks.call_problems(model, args, kwargs)]
+        problems += checks.name_problems(model, protect)
+        with ranks.outlined((args, kwargs)) as call:
+            problems += checks.call_problems(model, *call)
         problems += checks.data_problems(tree_leaves((args, kwargs)), "example_inputs")
-        problems += [*_setting_problems(loss_fn, total_steps, policy), *wrapper_problems(ranks)]
+        problems += [*_setting_problems(loss_fn, total_steps, policy), *wrapper_problems(ranks, policy)]
         facts = {} if ranks.alone else _facts(model, optimizers, total_steps, policy)
         checks.checked([*ranks.problems(problems), *ranks.differences(facts)])
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.loss_fn, self.total_steps = loss_fn, total_steps
         self.history: list[Event] = []
         with ranks.rebuilding(), ranks.together("tracing the model"):
-            groups, costs = trace(model, args, kwargs)
-            groups = rehearsed(model, [_protected(group, protect) for group in groups], args, kwargs)
+            with ranks.outlined((args, kwargs)) as call:
+                groups, costs = trace(model, *call)
+                groups = rehearsed(model, [_protected(group, protect) for group in groups], *call)
             if self.policy.cost == "milliseconds":
                 costs = milliseconds(model, groups, costs, Batch(args, kwargs))
         ranks.agree("channel groups", groups)
@@ -128,7 +135,8 @@ class Apoptosis:
         if self._step == 1:
             self._compile_seconds = max(0.0, time.perf_counter() - self._compiles_since)
             with ranks.together("measuring the first loss"):
-                own = evaluate(self._network.model, [] if problems else [batch], self.loss_fn)
+                bad = bool(problems) if ranks.sharded is None else any(ranks.gather(bool(problems)))
+                own = evaluate(self._network.model, [] if bad else [batch], self.loss_fn, ranks)
             self._first_loss = pooled(own, ranks).loss
         return self._gather(batch) if self._step >= self._wake else None
 
@@ -183,7 +191,8 @@ class Apoptosis:
         widths, full = state.get("widths", {}), state.get("full_widths", {})
         if set(widths) != set(self._network.widths):
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
-        surgery = Surgery(self._network.model, self._network.optimizers, self._network.followers)
+        network = self._network
+        surgery = Surgery(network.model, network.optimizers, network.followers, network.ranks)
         with self._network.ranks.rebuilding(), surgery:
             surgery.narrow_(state["shapes"])
             surgery.resize_(sizes_of(self.groups, widths))

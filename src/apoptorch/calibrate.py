@@ -217,7 +217,7 @@ def measure(
     training mode only (by an auxiliary head), or in a way that can't be followed, have none.
     """
     with ranks.together("measuring the activations"):
-        totals = _totals(model, groups, batches, loss_fn, damping, ranks.rank, math.ceil(backward * len(batches)))
+        totals = _totals(model, groups, batches, loss_fn, damping, ranks, math.ceil(backward * len(batches)))
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
     return {
@@ -229,34 +229,44 @@ def measure(
 
 def _totals(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float,
-    seed: int, sent_back: int,
+    ranks: Ranks, sent_back: int,
 ) -> _Totals:  # fmt: skip
     totals = _Totals({})
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)  # a resumed run draws the same
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(ranks.rank)  # a resumed run draws the same
+    consumers: dict[str, list[tuple[ChannelGroup, int, Slot]]] = {}
+    for group in groups:
+        for i, consumer in enumerate(group.consumers):
+            consumers.setdefault(consumer.weight.tensor, []).append((group, i, consumer.weight))
     with calibrating(model), torch.enable_grad():
         readers: dict[int, list[Reader]] = {}
-        for group in groups:
-            for i, consumer in enumerate(group.consumers):
-                weight = weight_of(model, consumer.weight.tensor)
-                readers.setdefault(id(weight), []).append(Reader(group.name, i, consumer.weight, group.width, weight))
-                totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, consumer.weight)
+        for name, weight in ranks.weights(consumers, partial(weight_of, model)):
+            for group, i, slot in consumers[name]:
+                readers.setdefault(id(weight), []).append(Reader(group.name, i, slot, group.width, weight))
+                totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, slot)
         for i, batch in enumerate(batches):
-            with Recorder(readers) as recorder, torch.set_grad_enabled(i < sent_back):
-                output = model(*batch.args, **batch.kwargs)
-            totals.lost |= recorder.lost
-            if i >= sent_back:
-                for (group, _), pairs in _by_source(recorder.readings).items():
-                    totals.groups[group].add(pairs, None, (), 0, 0)
-                continue
-            leaves, gradients, terms, curvature = _output_gradients(output, batch, loss_fn, generator)
-            totals.samples += batch.size
-            totals.curvature += batch.size * curvature
-            totals.fisher += batch.size * terms * sum(g.square().sum().item() for g in gradients)
-            counted = batch.size if loss_fn else 0  # probes are no gradients
-            _accumulate(
-                totals.groups, recorder.readings, leaves, gradients, batch.size * terms, counted, damped=damping > 0
-            )
+            with ranks.in_step("measuring the activations"):
+                _measure_(totals, model, readers, batch, loss_fn, generator, damped=damping > 0, back=i < sent_back)
     return totals
+
+
+def _measure_(
+    totals: _Totals, model: nn.Module, readers: dict[int, list[Reader]], batch: Batch, loss_fn: LossFn | None,
+    generator: torch.Generator, *, damped: bool, back: bool,
+) -> None:  # fmt: skip
+    """Adds one batch; `back`: gradients too."""
+    with Recorder(readers) as recorder, torch.set_grad_enabled(back):
+        output = model(*batch.args, **batch.kwargs)
+    totals.lost |= recorder.lost
+    if not back:
+        for (group, _), pairs in _by_source(recorder.readings).items():
+            totals.groups[group].add(pairs, None, (), 0, 0)
+        return
+    leaves, gradients, terms, curvature = _output_gradients(output, batch, loss_fn, generator)
+    totals.samples += batch.size
+    totals.curvature += batch.size * curvature
+    totals.fisher += batch.size * terms * sum(g.square().sum().item() for g in gradients)
+    counted = batch.size if loss_fn else 0  # probes are no gradients
+    _accumulate(totals.groups, recorder.readings, leaves, gradients, batch.size * terms, counted, damped=damped)
 
 
 def _accumulate(

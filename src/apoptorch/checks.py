@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from .calibrate import calibrating
-from .distributed import is_sharded
+from .distributed import ALONE, Ranks
 from .errors import ArgumentError, SurgeryError
+from .sharding import is_sharded
 from .surgery import Surgery
 
 
@@ -37,7 +38,7 @@ def checked(problems: Iterable[str]) -> None:
         raise ArgumentError(found)
 
 
-def model_problems(model: Any) -> Iterator[str]:
+def model_problems(model: Any, ranks: Ranks = ALONE) -> Iterator[str]:
     if not isinstance(model, nn.Module):
         yield f"`model` must be a torch.nn.Module, got {type(model).__name__}. Pass the network itself."
         return
@@ -53,8 +54,8 @@ def model_problems(model: Any) -> Iterator[str]:
         where = f"({name}, shape {tuple(parameter.shape)})"
         if parameter.device != home:
             yield f"`model` must be on one device, got {parameter.device} besides {home} {where}. Use model.to()."
-        elif is_sharded(parameter):
-            yield f"`model` must not be sharded (fully_shard, tensor parallel), got a DTensor {where}. Train with DDP."
+        elif is_sharded(parameter) and ranks.sharded is None:
+            yield f"`model` must not be sharded here, or by fully_shard on the model itself, got a DTensor {where}."
         elif not parameter.is_floating_point():
             yield f"`model` must have floating-point parameters, got {parameter.dtype} {where}. Make it a buffer."
         elif parameter.device.type == "meta":

@@ -1,4 +1,4 @@
-"""Several ranks that decide as one. The only file that knows torch.distributed; on one process, the identity.
+"""Several ranks that decide as one. The only file that knows process groups; on one process, the identity.
 
 What ranks measure is pooled, what is expensive to compute is shared out, and what is decided is compared before
 anything changes. Work between two collectives runs in `Ranks.together`: a rank that fails there takes the others
@@ -8,7 +8,7 @@ with it in order, instead of leaving them waiting.
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import BuiltinCommHookType
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from . import sharding
 from .errors import AbandonedError, RanksError
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that train one model; `group` None: just this one.
+    """The processes that train one model; `group` None: just this one. `sharded`: the model, where they share it out.
 
     Every method is a collective: all ranks call it, in the same order.
     Collectives raise RanksError where a rank can't be reached.
@@ -35,6 +36,7 @@ class Ranks:
 
     group: Any = None
     wrapper: DistributedDataParallel | None = None
+    sharded: nn.Module | None = None
 
     @property
     def alone(self) -> bool:
@@ -109,12 +111,55 @@ class Ranks:
             error = caught
         if self.group is None:
             return
+        if error is not None and getattr(error, _AGREED, False):  # by work within this work
+            raise error
         failures = self.gather(None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}")
         if error is not None and None not in failures:
+            setattr(error, _AGREED, True)
             raise error
         if failed := {rank: text for rank, text in enumerate(failures) if text is not None}:
             reasons = "; ".join(f"rank {rank}: {text[:300]}" for rank, text in failed.items())
-            raise AbandonedError(f"abandoned on all ranks, {doing} failed: {reasons}") from error
+            abandoned = AbandonedError(f"abandoned on all ranks, {doing} failed: {reasons}")
+            setattr(abandoned, _AGREED, True)
+            raise abandoned from error
+
+    @contextmanager
+    def in_step(self, doing: str) -> Iterator[None]:
+        """Work on a sharded model, whose forward pass is a collective: no rank begins or goes on if one failed."""
+        if self.sharded is None:
+            yield
+            return
+        with self.together(doing):
+            pass
+        with self.together(doing):
+            yield
+
+    @contextmanager
+    def whole(self, names: Iterable[str], optimizers: Sequence[Any], doing: str) -> Iterator[list["sharding.Opened"]]:
+        """Within, the sharded parameters by those names are whole on every rank; if it fails on one, all keep theirs.
+
+        Yields:
+            The parameters that were opened, to be sharded again or closed by the caller.
+        """
+        if self.sharded is None:
+            yield []
+            return
+        with self.together(doing):
+            pass
+        opened = sharding.opened_(self.sharded, names, optimizers)
+        try:
+            with self.together(doing):
+                yield opened
+        except BaseException:
+            for each in opened:
+                each.close_()
+            raise
+
+    def weights(self, names: Iterable[str], weight_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, `weight_of(name)`) of every name; of a sharded model, whole until the next one."""
+        if self.sharded is not None:
+            return sharding.whole_weights(self.sharded, names, weight_of)
+        return ((name, weight_of(name)) for name in names)
 
     def shared(
         self, items: Mapping[str, float], work: Callable[[str], T], doing: str, device: torch.device | None = None
@@ -165,6 +210,18 @@ class Ranks:
         ]
 
     @contextmanager
+    def outlined(self, call: T) -> Iterator[T]:
+        """Within, a sharded model is a plain one without values, and what is yielded its arguments; else as they are.
+
+        No collective.
+        """
+        if self.sharded is None:
+            yield call
+            return
+        with sharding.outlined(self.sharded, call) as outline:
+            yield outline
+
+    @contextmanager
     def rebuilding(self) -> Iterator[None]:
         """After surgery, also if it was undone, the DDP wrapper sees the parameters' new storage."""
         try:
@@ -183,12 +240,18 @@ class Ranks:
 
 
 ALONE = Ranks()
+_AGREED = "agreed_by_all_ranks"  # on an error that all ranks know of
 _SAMPLE = 2**20  # 4 MiB: on a slow network, the whole would take as long as a training step
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
     """The module itself, without DDP and torch.compile around it, and the ranks that train it."""
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, FSDPModule) and any(sharding.is_sharded(p) for p in model.parameters()):
+        sharding.reshard_(model)
+        group = sharding.group_of(model)
+        several = group is not None and dist.get_world_size(group) > 1
+        return model, Ranks(group if several else None, sharded=model)
     if not isinstance(model, DistributedDataParallel):
         return model, ALONE
     group = model.process_group
@@ -201,12 +264,10 @@ def is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or hasattr(getattr(model, "module", None), "_orig_mod")
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
-def wrapper_problems(ranks: Ranks) -> Iterator[str]:
-    """What the DDP wrapper must not be set to."""
+def wrapper_problems(ranks: Ranks, policy: Any) -> Iterator[str]:
+    """What the DDP wrapper must not be set to, and what can't be done with a sharded model."""
+    if ranks.sharded is not None and getattr(policy, "cost", "") == "milliseconds":
+        yield "`policy` must count flops where the model is sharded, got cost='milliseconds'. Use cost='flops'."
     if ranks.wrapper is not None and ranks.wrapper.mixed_precision is not None:
         yield "`model` must be wrapped by DDP without mixed_precision, got it. Use torch.autocast in its place."
 
@@ -263,7 +324,9 @@ def fingerprint(value: Any) -> str:
 
 
 def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and sharding.is_sharded(value):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())  # each rank has other values
+    elif isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif is_dataclass(value) and not isinstance(value, type):

@@ -33,17 +33,23 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None) -> Evaluation:
-    """Mean loss (NaN without `loss_fn`), predicted classes and outputs on these batches, in calibration mode."""
+def evaluate(
+    model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn | None, ranks: Ranks = ALONE
+) -> Evaluation:  # fmt: skip
+    """Mean loss (NaN without `loss_fn`), predicted classes and outputs on these batches, in calibration mode.
+
+    Ranks that share out the model must all have as many batches.
+    """
     losses, units, predictions, outputs, samples = [], [], [], [], [batch.size for batch in batches]
     with calibrating(model):
         for batch in batches:
-            output = model(*batch.args, **batch.kwargs)
-            losses.append(_mean_loss(loss_fn(output, batch.targets)) if loss_fn else math.nan)
-            units.append(_input_losses(loss_fn, output, batch, losses[-1]) if loss_fn else None)
-            leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
-            predictions.append(_classes(leaves[0], batch.targets) if leaves else None)
-            outputs.append(_rows(leaves, batch.size))
+            with ranks.in_step("measuring the loss"):
+                output = model(*batch.args, **batch.kwargs)
+                losses.append(_mean_loss(loss_fn(output, batch.targets)) if loss_fn else math.nan)
+                units.append(_input_losses(loss_fn, output, batch, losses[-1]) if loss_fn else None)
+                leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf) and leaf.is_floating_point()]
+                predictions.append(_classes(leaves[0], batch.targets) if leaves else None)
+                outputs.append(_rows(leaves, batch.size))
     loss = sum(x * n for x, n in zip(losses, samples, strict=True)) / max(1, sum(samples))
     classes = [p for p in predictions if p is not None]
     known = torch.cat(classes) if classes and len(classes) == len(batches) else None

@@ -82,8 +82,8 @@ def remove_(
     """
     start, ranks = time.perf_counter(), network.ranks
     with ranks.together("measuring the loss"):
-        calibration, held_out = merged(calibration), merged(held_out)
-        before = evaluate(network.model, held_out, loss_fn)
+        calibration, held_out = (_alike(batches, ranks) for batches in (calibration, held_out))
+        before = evaluate(network.model, held_out, loss_fn, ranks)
         _check_calibration(calibration, before, loss_fn)
     before = pooled(before, ranks)
     level, learned = (abs(before.loss), first_loss - before.loss) if loss_fn else (1.0, 1.0)
@@ -98,10 +98,10 @@ def remove_(
     if not plans:
         return replace(draft, seconds=ranks.longest(start), reason="nothing is redundant at this price")
     ranks.agree("fold plans", plans)
-    with Surgery(network.model, network.optimizers, network.followers) as surgery:
+    with Surgery(network.model, network.optimizers, network.followers, ranks) as surgery:
         with ranks.together("removing neurons"):
             groups = surgery.fold_all_(network.groups, plans)
-            after = evaluate(network.model, held_out, loss_fn)
+            after = evaluate(network.model, held_out, loss_fn, ranks)
         after = pooled(after, ranks)
         clip = 10 * math.sqrt(2 * max(0.0, math.fsum(item.predicted - item.first_order for item in plans)))
         certificate = certify(before, after, policy.confidence, clip, ranks)
@@ -119,6 +119,19 @@ def remove_(
         )  # fmt: skip
     network.groups = changed.groups
     return event
+
+
+def _alike(batches: Sequence[Batch], ranks: Ranks) -> list[Batch]:
+    """The inputs in fewer batches; as many on every rank where each takes part in the others' forward passes."""
+    fewer = merged(batches)
+    if ranks.sharded is None:
+        return fewer
+    numbers = ranks.gather((len(fewer), len(batches)))
+    if len({number for number, _ in numbers}) == 1:
+        return fewer
+    if len({number for _, number in numbers}) > 1:
+        raise ArgumentError([f"`inputs` must be as many batches on every rank, got {numbers}. Call `step` everywhere."])
+    return list(batches)
 
 
 def plan(

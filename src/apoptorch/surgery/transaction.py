@@ -17,8 +17,10 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim import LBFGS, Optimizer
 
+from apoptorch.distributed import ALONE, Ranks
 from apoptorch.errors import SurgeryError
 from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
+from apoptorch.sharding import is_sharded
 from apoptorch.surgery.places import cut_of, effective_slot, sizes_of, without
 from apoptorch.surgery.tensors import (
     FOLLOWING,
@@ -60,13 +62,18 @@ class Surgery:
         optimizers: every optimizer that holds parameters of `model` or of `followers`.
         followers: modules with the same tensors (also as a submodule: an `AveragedModel`); they keep the same
             channels, and the folds are applied to their own weights.
+        ranks: where `model` is sharded, those that hold it: every rank calls the same methods, and the tensors of one
+            channel group at a time are gathered, narrowed and sharded again.
 
     Raises:
         SurgeryError: a follower doesn't have the model's tensors, shapes and ties.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), followers: Iterable[nn.Module] = ()):
-        self._optimizers = list(optimizers)
+    def __init__(
+        self, model: nn.Module, optimizers: Iterable[Optimizer] = (), followers: Iterable[nn.Module] = (),
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        self._optimizers, self._ranks = list(optimizers), ranks
         self._networks = [model, *(_counterpart(model, follower, i) for i, follower in enumerate(followers))]
         self._log: dict[tuple[Any, ...], Callable[[], None]] | None = {}
 
@@ -106,7 +113,8 @@ class Surgery:
         now = list(groups)
         for plan in plans:
             group = next(group for group in now if group.name == plan.group)
-            self.fold_(group, plan)
+            with self._whole(name for slot, bias, _ in _cuts(group, plan) for name in (slot.tensor, bias) if name):
+                self.fold_(group, plan)
             now = without(now, group, plan.keep)
         return now
 
@@ -115,10 +123,24 @@ class Surgery:
         with self._attempt(p for network in self._networks for p in self._shape_problems(network, shapes)):
             for network in self._networks:
                 for name, tensor in named_tensors(network).items():
-                    for dim, size in enumerate(shapes.get(name, ())):
-                        if size != tensor.shape[dim]:
-                            self._narrow_(tensor, Slot(name, dim), torch.arange(size))
+                    if tuple(shapes.get(name, tensor.shape)) != tuple(tensor.shape):
+                        with self._whole([name]):
+                            self._narrow_to_(name, named_tensors(network)[name], shapes[name])
                 self._follow_(network, {id(tensor) for tensor in named_tensors(network).values()})
+
+    def _narrow_to_(self, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+        for dim, size in enumerate(shape):
+            if size != tensor.shape[dim]:
+                self._narrow_(tensor, Slot(name, dim), torch.arange(size))
+
+    @contextmanager
+    def _whole(self, names: Iterable[str]) -> Iterator[None]:
+        """Within, the model has the sharded tensors by those names whole; then they are sharded again."""
+        with self._ranks.whole(names, self._optimizers, "removing neurons") as opened:
+            yield
+        for each in opened:
+            self._remember(("shard", id(each.parameter)), each.reshard_())
+            self._log = {key: undo for key, undo in (self._log or {}).items() if key[-1] != id(each.whole)}
 
     def resize_(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
         """Set integer attributes of modules, by path and name, that the shapes of their tensors don't tell.
@@ -138,8 +160,16 @@ class Surgery:
         ):
             for name, value in values.items():
                 tensor = tensors[name]
+                if is_sharded(tensor):
+                    self._fill_shard_(tensor, value)
+                    continue
                 copy = torch.empty_like(tensor)  # in the tensor's dtype, device and memory format
                 self._replace_(tensor, copy.copy_(value), tensor.grad)
+
+    def _fill_shard_(self, tensor: Any, value: Any) -> None:
+        shard = tensor.to_local().detach()
+        self._remember(("values", id(tensor)), partial(shard.copy_, shard.clone()))
+        shard.copy_(value.to_local())
 
     def undo_(self) -> None:
         """Put back, bit for bit, what was there when the transaction began.
