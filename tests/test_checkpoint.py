@@ -143,10 +143,10 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     assert torch.equal(fresh[0].weight, model[0].weight)
 
 
-@pytest.mark.parametrize("stage", ["save_file", "_sync", "os.replace", "json.dumps"])
+@pytest.mark.parametrize("stage", ["tensor_files.save_file", "tensor_files.sync", "os.replace", "json.dumps"])
 def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, stage, monkeypatch):
     save(old := build(seed=3), tmp_path)
-    original = getattr(os if stage == "os.replace" else json if "json" in stage else checkpoint, stage.split(".")[-1])
+    original = getattr(os if stage == "os.replace" else json if "json" in stage else tensor_files, stage.split(".")[-1])
     reached = 0
     for failing in range(10):
         calls = iter(range(100))
@@ -164,7 +164,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, stage, monkeypa
                 reached += 1
             else:
                 break
-        if stage != "_sync" or failing < 2:  # the third sync is after the manifest was replaced
+        if stage != "tensor_files.sync" or failing < 2:  # the third sync is after the manifest was replaced
             load(fresh := build(), tmp_path)
             assert torch.equal(fresh[0].weight, old[0].weight)
     assert reached

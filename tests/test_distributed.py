@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from apoptorch import Apoptosis, ArgumentError, Policy, removal
@@ -20,6 +22,7 @@ from apoptorch.batches import Batch
 from apoptorch.distributed import Ranks, fingerprint
 from apoptorch.errors import AbandonedError, RanksError
 from apoptorch.removal import remove_
+from apoptorch.sharding import reshard_
 
 POLICY = Policy(payback=0, first_step=8, samples=256, gap=1.6, stop=1.0, price=2.0, tolerance=0.05, multiple=4, floor=4)
 STEPS, BATCH = 24, 64
@@ -55,15 +58,32 @@ def share(i, rank, world):
     return X[rows], Y[rows]
 
 
+def whole(tensor):
+    """The tensor itself, also of a sharded one."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@contextmanager
+def unsynchronised(model):
+    """DDP's no_sync, FSDP2's equivalent."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+
 def train(
-    rank, world, build=mlp, optimizer=torch.optim.SGD, lr=0.1, parts=1, wrap=None, hook=None, policy=POLICY, **ddp
-):
+    rank, world, build=mlp, optimizer=torch.optim.SGD, lr=0.1, parts=1, parallel=DistributedDataParallel, hook=None,
+    policy=POLICY, **options,
+):  # fmt: skip
     """Widths after every step, weights and history of one run; `parts`: batches that gradients are accumulated over."""
     model = build()
-    wrapped = DistributedDataParallel(model, **ddp) if world > 1 else model
+    wrapped = parallel(model, **options) if world > 1 else model
     if hook is not None and world > 1:
         hook(wrapped)
-    wrapped = wrapped if wrap is None else wrap(wrapped)
     optimizer = optimizer(model.parameters(), lr)
     apoptosis = Apoptosis(
         wrapped, optimizer, example_inputs=share(0, rank, world)[0], loss_fn=F.cross_entropy, total_steps=STEPS,
@@ -75,12 +95,12 @@ def train(
         optimizer.zero_grad()
         for part, (px, py) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
             quiet = world > 1 and part < parts - 1
-            with wrapped.no_sync() if quiet else nullcontext():
+            with unsynchronised(wrapped) if quiet else nullcontext():
                 (F.cross_entropy(wrapped(px), py) / parts).backward()
         optimizer.step()
         apoptosis.step(x, targets=y)
         widths.append([group.width for group in apoptosis.groups])
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: whole(p) for name, p in model.named_parameters()}
     return {"widths": widths, "weights": weights, "history": [event.to_json() for event in apoptosis.history]}
 
 
@@ -141,12 +161,12 @@ def test_ranks_train_as_one_process_with_the_same_global_batch(world, names):
 # Faults: no rank hangs, all do the same
 
 
-def failing(rank, world, fault):
+def failing(rank, world, fault, parallel=DistributedDataParallel):
     """One run in which rank 1 fails at the first event, as `fault` says."""
     events = []
     model = mlp()
-    ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+    ddp = parallel(model)
+    optimizer = torch.optim.Adam(ddp.parameters(), 0.01)
     apoptosis = Apoptosis(
         ddp,
         optimizer,
@@ -157,14 +177,14 @@ def failing(rank, world, fault):
     )
     if rank == 1 and fault == "out of memory":
         fail_once(removal, "select_blocks", torch.OutOfMemoryError("tried to allocate 80 GiB"))
-    if rank == 1 and fault == "surgery":
-        fail_once(removal.Surgery, "fold_", RuntimeError("no room"))
+    if rank == 1 and fault in SURGERY:
+        fail_once(removal.Surgery, "fold_", RuntimeError("no room"), SURGERY.index(fault))
     for i in range(13):  # the next event
         x, y = share(i, rank, world)
         optimizer.zero_grad()
         F.cross_entropy(ddp(x), y).backward()
         optimizer.step()
-        before = fingerprint(dict(model.named_parameters()))
+        before = values_of(model, optimizer)
         bad = rank == 1 and i + 1 == 7
         if bad and fault == "NaN":
             x = x * torch.nan
@@ -173,35 +193,53 @@ def failing(rank, world, fault):
         with pytest.warns(UserWarning, match="abandoned") if i + 1 == 8 else nullcontext():
             event = apoptosis.step(x, targets=y)
         if event is not None and not event.changes:
-            assert fingerprint(dict(model.named_parameters())) == before
+            assert values_of(model, optimizer) == before
         events += [] if event is None else [event.to_json()]
-    return {"events": events, "weights": fingerprint(dict(model.named_parameters()))}
+    return {"events": events, "weights": fingerprint({name: whole(p) for name, p in model.named_parameters()})}
 
 
-def fail_once(owner, name, error):
-    original = getattr(owner, name)
+SURGERY = ["surgery", "second surgery"]
+
+
+def values_of(model, optimizer):
+    """The bits of this rank's weights and optimizer state, and the module's sizes."""
+    if isinstance(model, FSDPModule):
+        reshard_(model)
+    values = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+    local = [v.to_local() if isinstance(v, DTensor) else v for v in values]
+    return fingerprint([*local, [tuple(p.shape) for p in model.parameters()], str(model)])
+
+
+def fail_once(owner, name, error, after=0):
+    original, calls = getattr(owner, name), iter(range(after + 1))
 
     def replacement(*args, **options):
+        if next(calls) < after:
+            return original(*args, **options)
         setattr(owner, name, original)
         raise error
 
     setattr(owner, name, replacement)
 
 
-def several_faults(rank, world, faults):
-    return [failing(rank, world, fault) for fault in faults]
+def several_faults(rank, world, faults, parallel=DistributedDataParallel):
+    return [failing(rank, world, fault, parallel) for fault in faults]
 
 
 FAULTS = {
     "out of memory": "searching failed: rank 1: OutOfMemoryError: tried to allocate 80 GiB",
     "surgery": "removing neurons failed: rank 1: RuntimeError: no room",
+    "second surgery": "removing neurons failed: rank 1: RuntimeError: no room",
     "NaN": "checking the data failed: rank 1: ArgumentError: `inputs` must be finite, got 320 NaN",
     "empty": "checking the data failed: rank 1: ArgumentError: `inputs` must not be empty",
 }
 
 
 def test_what_fails_on_one_rank_is_abandoned_on_all_and_training_goes_on():
-    found = ranks.run(2, several_faults, 2, list(FAULTS))
+    assert_abandoned(ranks.run(2, several_faults, 2, list(FAULTS)))
+
+
+def assert_abandoned(found):
     for (fault, reason), one, other in zip(FAULTS.items(), *found, strict=True):
         assert one == other, fault
         first, *later = one["events"]

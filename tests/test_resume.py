@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_distributed import BATCH, POLICY, STEPS, X, assert_same, mlp, share, timeless
+from test_distributed import BATCH, POLICY, STEPS, X, assert_same, mlp, share, timeless, whole
+from test_sharding import sharded
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as ddp
 from torch.optim.swa_utils import AveragedModel
 
 from apoptorch import Apoptosis, CheckpointError, load, save
@@ -134,10 +135,10 @@ def test_a_run_killed_thirty_times_ends_as_the_one_that_was_not(tmp_path):
         assert result == unbroken
 
 
-def segment(rank, world, folder, begin, end):
+def segment(rank, world, folder, begin, end, parallel):
     """Steps `begin` to `end` on so many ranks, resumed from and saved to `folder`."""
     model = mlp()
-    wrapped = DistributedDataParallel(model) if world > 1 else model
+    wrapped = parallel(model) if world > 1 else model
     optimizer = torch.optim.Adam(wrapped.parameters(), 0.01)
     apoptosis = Apoptosis(
         wrapped, optimizer, example_inputs=share(0, rank, world)[0], loss_fn=F.cross_entropy, total_steps=STEPS,
@@ -156,15 +157,15 @@ def segment(rank, world, folder, begin, end):
         widths.append([group.width for group in apoptosis.groups])
     if end < STEPS:
         save(wrapped, folder, apoptosis, optimizer=optimizer, step=end)
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: whole(p) for name, p in model.named_parameters()}
     return {"widths": widths, "weights": weights, "gathered": gathered}
 
 
 def journey(folder, *stages):
-    """(ranks, last step) one after the other; widths of all steps, and the last weights."""
+    """(ranks, last step, wrapper) one after the other; widths of all steps, and the last weights."""
     widths, gathered, begin, last = [], [], 0, None
-    for world, end in stages:
-        every = ranks.run(world, segment, world, folder, begin, end)
+    for world, end, parallel in stages:
+        every = ranks.run(world, segment, world, folder, begin, end, parallel)
         last = every[0]
         assert all(fingerprint(other) == fingerprint(last) for other in every)
         widths, gathered, begin = widths + last["widths"], [*gathered, last["gathered"]], end
@@ -173,13 +174,18 @@ def journey(folder, *stages):
 
 
 def test_a_run_goes_on_on_any_number_of_ranks(tmp_path):
-    whole = journey(str(tmp_path), (1, STEPS))
-    looks = [i for i in range(1, STEPS) if whole["widths"][i] != whole["widths"][i - 1]]
+    alone = journey(str(tmp_path), (1, STEPS, ddp))
+    looks = [i for i in range(1, STEPS) if alone["widths"][i] != alone["widths"][i - 1]]
     assert len(looks) >= 2
-    middle = looks[1] - 1  # while data for the second event is being gathered
-    for later in ([(1, STEPS)], [(4, looks[1] + 1), (1, STEPS)]):
-        found = journey(str(tmp_path / str(len(later))), (2, middle), *later)
-        assert_same(found, whole)
+    middle, after = looks[1] - 1, looks[1] + 1  # data for the second event is being gathered; it has happened
+    journeys = (
+        [(2, middle, ddp), (1, STEPS, ddp)],
+        [(2, middle, ddp), (4, after, sharded), (2, STEPS, ddp)],
+        [(2, middle, sharded), (1, after, ddp), (4, STEPS, sharded)],
+    )
+    for i, stages in enumerate(journeys):
+        found = journey(str(tmp_path / str(i)), *stages)
+        assert_same(found, alone)
         assert found["gathered"][1] > 0
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch._dynamo
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -94,6 +96,7 @@ class Apoptosis:
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
         self._unpaid = False  # the last look was left out, as it would not have paid for itself
         self._thread: int | None = None
+        self._compiled = compiled
         self._compile_seconds, self._compiles_since = 0.0, time.perf_counter() if compiled else math.inf
         self._stepped = not optimizers
         for item in optimizers:
@@ -298,6 +301,8 @@ class Apoptosis:
         self._scale *= 0.3 if event.rolled_back else 1.0
         self._fraction = max(0.1, 1 - event.flops_after / event.flops_before)  # expected of the next one
         self._event_seconds = event.seconds
+        if self._compiled and event.changes and not event.rolled_back:  # else torch soon compiles no more
+            torch._dynamo.config.recompile_limit += 1
         return event
 
     # -- at each step ----------------------------------------------------------------------------------------

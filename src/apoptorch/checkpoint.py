@@ -1,8 +1,8 @@
 """Save a shrunk model, and load it into one that is built at full size. Nothing is ever unpickled.
 
 A checkpoint is a directory: `manifest.json` (names, shapes, dtypes, ties, module attributes, apoptosis state) and
-the safetensors file that it names. The manifest is replaced last and in one step, so that a directory holds the
-old checkpoint or the new one, whenever a save is interrupted.
+the safetensors file, or the directory of them, that it names. The manifest is replaced last and in one step, so that
+the directory holds the old checkpoint or the new one, whenever a save is interrupted.
 """
 
 import json
@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from apoptorch.distributed import unwrapped
+from apoptorch import tensor_files
+from apoptorch.distributed import Ranks, unwrapped
 from apoptorch.errors import CheckpointError, SurgeryError
 from apoptorch.surgery import Surgery, attributes, layout, named_tensors
+from apoptorch.tensor_files import differences, dtype_name
 from apoptorch.training_state import (
     decoded,
     encoded,
@@ -49,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | 
     """Write `model`, at the widths that it has now, and what is given of its training to the directory `path`.
 
     Args:
-        model: the model, also inside DDP or torch.compile. With DDP, all ranks call this; the first one writes.
+        model: the model, also inside DDP or torch.compile, or after fully_shard. All ranks that train it call this.
         path: made if need be; a checkpoint that is there is replaced in one step.
         apoptosis: its state goes into the manifest.
         training: what else a resumed run needs, by any names: objects with a state_dict (optimizer, scheduler, scaler)
@@ -57,18 +56,27 @@ def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | 
 
     Raises:
         CheckpointError: `path` is a file, or something has state that is neither tensors nor plain data.
-        AbandonedError: with DDP, the same on all ranks.
+        AbandonedError: the same, on some of several ranks.
     """
     model, ranks = unwrapped(model)
     state = None if apoptosis is None else pooled_batches(apoptosis.state_dict(), ranks)
     extras = {name: state_of(item) for name, item in training.items()}
     extras |= {_RANDOM: ranks.gather(random_state())} if training else {}
+    path, name = Path(path), ranks.first(f"model-{uuid.uuid4().hex}{'.safetensors' if ranks.alone else ''}")
+    with ranks.together("saving"):
+        manifest, tensors = _manifest(model, path, name, state, extras)
+        text = json.dumps(manifest, indent=1)
+        path.mkdir(parents=True, exist_ok=True)
+    with ranks.together("saving"):
+        tensor_files.write(tensors, path / name, ranks)
     with ranks.together("saving"):
         if ranks.rank == 0:
-            _write(model, Path(path), state, extras)
+            _publish(path, name, text)
 
 
-def _write(model: nn.Module, path: Path, state: Any, extras: dict[str, Any]) -> None:
+def _manifest(
+    model: nn.Module, path: Path, name: str, state: Any, extras: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tied = {name: first for name, (_, first) in layout(model).items()}
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items() if tied[name] == name}
     extra = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
@@ -79,26 +87,26 @@ def _write(model: nn.Module, path: Path, state: Any, extras: dict[str, Any]) -> 
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
-        "file": f"model-{uuid.uuid4().hex}.safetensors",
+        "file": name,
         "tied": {name: first for name, first in tied.items() if first != name},
         "attributes": _all_attributes(model),
         "apoptosis": None if state is None else _without_tensors(state, tensors),
         "training": {name: encoded(item, tensors, f"{_TRAINING}{name}") for name, item in extras.items()},
-        "tensors": {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()},
     }
-    text = json.dumps(manifest, indent=1)
-    path.mkdir(parents=True, exist_ok=True)
-    copies = {n: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    save_file(copies, path / manifest["file"])
-    _sync(path / manifest["file"])
-    new = path / f"{manifest['file']}.json"
+    manifest["tensors"] = {name: tensor_files.entry_of(tensor) for name, tensor in tensors.items()}
+    return manifest, tensors
+
+
+def _publish(path: Path, name: str, text: str) -> None:
+    """From here on the directory holds the new checkpoint."""
+    new = path / f"{name}.json"
     new.write_text(text, encoding="utf-8")
-    _sync(new)
+    tensor_files.sync(new)
     os.replace(new, path / _MANIFEST)
-    _sync(path)
-    for old in path.glob("model-*.safetensors*"):
-        if old.name != manifest["file"]:
-            old.unlink()
+    tensor_files.sync(path)
+    for old in path.glob("model-*"):
+        if old.name != name:
+            tensor_files.remove(old)
 
 
 def load(
@@ -116,21 +124,22 @@ def load(
 
     Raises:
         CheckpointError: every reason why the checkpoint can't be read or doesn't fit; nothing was changed.
-        AbandonedError: with DDP, it can't be read on some ranks; nothing was changed on any.
+        AbandonedError: it can't be read on some of several ranks; nothing was changed on any.
     """
     model, ranks = unwrapped(model)
     with ranks.together("reading the checkpoint"):
-        manifest, values, gathered, extras = _read(model, Path(path), apoptosis, training)
+        manifest, values, gathered, extras = _read(model, Path(path), apoptosis, training, ranks)
     with ranks.rebuilding():
         if apoptosis is not None:
             apoptosis.load_state_dict(own_batches(_with_tensors(manifest["apoptosis"], gathered), ranks))
-        with Surgery(model) as surgery:
+        with Surgery(model, ranks=ranks) as surgery:
             surgery.narrow_({name: list(value.shape) for name, value in values.items()})
             surgery.resize_(_unlike(model, manifest["attributes"]))
             surgery.fill_(values)
     for name, item in training.items():
         if hasattr(item, "load_state_dict"):
             item.load_state_dict(extras.pop(name))
+            ranks.share_state_(item)
     if not training:
         return _with_tensors(manifest["apoptosis"], gathered)
     set_random_state(extras.pop(_RANDOM), ranks)
@@ -138,12 +147,12 @@ def load(
 
 
 def _read(
-    model: nn.Module, path: Path, apoptosis: Any, training: dict[str, Any]
+    model: nn.Module, path: Path, apoptosis: Any, training: dict[str, Any], ranks: Ranks
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """The manifest; the tensors of the model and of the apoptosis; what else was saved. The model is left as it was."""
     manifest = _read_manifest(path)
     shapes = {name: entry["shape"] for name, entry in _of_model(manifest).items()}
-    values, problems = _read_tensors(path / manifest["file"], manifest)
+    values, problems = tensor_files.read(path / manifest["file"], manifest["tensors"], ranks)
     gathered = {name: values.pop(name) for name in [*values] if name.startswith(_GATHERED)}
     others = {name: values.pop(name) for name in [*values] if name.startswith(_TRAINING)}
     problems += _name_problems(model, manifest)
@@ -156,11 +165,11 @@ def _read(
             problems.append(f"`{name}` must be in the checkpoint, got only {known}. Load what was saved.")
     known = named_tensors(model)
     try:
-        with Surgery(model) as surgery:
+        with Surgery(model, ranks=ranks) as surgery:
             surgery.narrow_({name: shape for name, shape in shapes.items() if name in known})
             if not problems:
                 surgery.resize_(_unlike(model, manifest["attributes"]))
-                problems += _differences("attributes of", manifest["attributes"], _all_attributes(model))
+                problems += differences("attributes of", manifest["attributes"], _all_attributes(model))
             surgery.undo_()
     except SurgeryError as error:
         problems += str(error).split("\n")
@@ -214,7 +223,7 @@ def _manifest_problems(manifest: Any) -> Iterator[str]:
         yield f"`{_MANIFEST}` must be of format {_FORMAT}, version {_VERSION}, got another. Update apoptorch."
         return
     file = manifest.get("file")
-    if not isinstance(file, str) or not re.fullmatch(r"model-[0-9a-f]{32}\.safetensors", file):
+    if not isinstance(file, str) or not re.fullmatch(r"model-[0-9a-f]{32}(\.safetensors)?", file):
         yield f"`file` must be the name of a file that `save` wrote, got {file!r}."
     for key in ("tensors", "tied", "attributes"):
         if not isinstance(manifest.get(key), dict):
@@ -232,37 +241,15 @@ def _manifest_problems(manifest: Any) -> Iterator[str]:
             yield f"`dtype` of `{name}` must be a name, got {entry.get('dtype')!r}."
 
 
-def _read_tensors(file: Path, manifest: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a file that holds exactly what the manifest says, or the problems."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            shapes = {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            expected = {name: entry["shape"] for name, entry in manifest["tensors"].items()}
-            if problems := [*_differences(f"shape, in {file.name}, of", expected, shapes)]:
-                return {}, problems
-            values = {name: opened.get_tensor(name) for name in shapes}
-    except (OSError, SafetensorError) as error:
-        return {}, [f"`{file.name}` must be a safetensors file, got {error}. The checkpoint is damaged."]
-    dtypes = {name: entry["dtype"] for name, entry in manifest["tensors"].items()}
-    found = {name: _dtype(value) for name, value in values.items()}
-    return values, [*_differences(f"dtype, in {file.name}, of", dtypes, found)]
-
-
 def _name_problems(model: nn.Module, manifest: dict[str, Any]) -> Iterator[str]:
     """Names, ties and dtypes must be those of the model."""
     tied = {name: first for name, (_, first) in layout(model).items()}
     saved = {name: name for name in _of_model(manifest)} | manifest["tied"]
-    yield from _differences("name or tie of", saved, tied)
+    yield from differences("name or tie of", saved, tied)
     for name, tensor in named_tensors(model).items():
-        if (entry := manifest["tensors"].get(name)) and entry["dtype"] != _dtype(tensor):
+        if (entry := manifest["tensors"].get(name)) and entry["dtype"] != dtype_name(tensor):
             rule = f"must be {entry['dtype']}, as it was saved"
-            yield f"`{name}` {rule}, got {_dtype(tensor)}. Cast the model first: model.to(...)."
-
-
-def _differences(what: str, expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
-    for name in dict.fromkeys([*expected, *found]):
-        if (a := expected.get(name, "nothing")) != (b := found.get(name, "nothing")):
-            yield f"The {what} `{name}` must be {a}, as the manifest says, got {b}. Use the model that was saved."
+            yield f"`{name}` {rule}, got {dtype_name(tensor)}. Cast the model first: model.to(...)."
 
 
 def _all_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -280,24 +267,9 @@ def _unlike(model: nn.Module, saved: dict[str, Any]) -> dict[str, dict[str, Any]
     }
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _raise(problems: Any) -> None:
     if len(lines := list(problems)) == 1:
         raise CheckpointError(lines[0])
     if lines:
         numbered = "\n".join(f"  {i}. {line}" for i, line in enumerate(lines, 1))
         raise CheckpointError(f"{len(lines)} problems, nothing was changed:\n{numbered}")
-
-
-def _sync(path: Path) -> None:
-    """Wait until `path` is on the disk; a directory can only be synced on POSIX."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import BuiltinCommHookType
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from . import sharding
 from .errors import AbandonedError, RanksError
@@ -221,6 +222,11 @@ class Ranks:
         with sharding.outlined(self.sharded, call) as outline:
             yield outline
 
+    def share_state_(self, item: Any) -> None:
+        """Optimizer state that was loaded whole, of a sharded model."""
+        if self.sharded is not None and isinstance(item, Optimizer):
+            sharding.share_state_(item)
+
     @contextmanager
     def rebuilding(self) -> Iterator[None]:
         """After surgery, also if it was undone, the DDP wrapper sees the parameters' new storage."""
@@ -260,8 +266,9 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Is the model, or the one inside DDP, wrapped by torch.compile?"""
-    return hasattr(model, "_orig_mod") or hasattr(getattr(model, "module", None), "_orig_mod")
+    """Is the model, or a module of it, compiled: by torch.compile or its own method?"""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(hasattr(item, "_orig_mod") or getattr(item, "_compiled_call_impl", None) for item in modules)
 
 
 def wrapper_problems(ranks: Ranks, policy: Any) -> Iterator[str]:

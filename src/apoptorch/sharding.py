@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import LBFGS
 from torch.utils import swap_tensors
@@ -80,14 +80,14 @@ def outlined(model: nn.Module, call: Any) -> Iterator[Any]:
     """`call` (arguments of the model) on the meta device; within, the model is a plain one there, all shape."""
     reshard_(model)
     kept = [(module, module.__class__, dict(vars(module))) for module in model.modules()]
-    empty: dict[int, Tensor] = {}
+    shapes: dict[int, Tensor] = {}
 
     def outline(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
         shape = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         shape = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
-        return empty.setdefault(id(tensor), shape)
+        return shapes.setdefault(id(tensor), shape)
 
     try:
         for module in model.modules():
@@ -136,11 +136,6 @@ class Opened:
             What puts the old shard back.
         """
         shard, before = self._shard, dict(vars(self._shard))
-        mesh, placements = self.parameter.device_mesh, self.parameter.placements
-
-        def share(tensor: Tensor) -> DTensor:
-            return distribute_tensor(tensor.contiguous(), mesh, placements, src_data_rank=None)
-
         whole = nn.Parameter(self.whole.detach().contiguous(), self.whole.requires_grad)
         shard._init_sharded_param(whole, shard.device, lambda _: before["fsdp_placement"], shard.mesh_info)
         if shard.post_forward_mesh_info:
@@ -148,12 +143,13 @@ class Opened:
         shard.all_gather_outputs = []
         vars(shard).pop("_unsharded_param", None)
         other = shard.sharded_param
-        other.grad = None if self.whole.grad is None else share(self.whole.grad)
+        other.grad = None if self.whole.grad is None else shared_as(self.parameter, self.whole.grad)
         self._place_(other)
         for optimizer, old in self._states:
             new = optimizer.state.pop(self.whole)
             optimizer.state[self.parameter] = {
-                key: share(value) if is_sharded(old.get(key)) else value for key, value in new.items()
+                key: shared_as(self.parameter, value) if is_sharded(old.get(key)) else value
+                for key, value in new.items()
             }
 
         def restore() -> None:
@@ -179,13 +175,26 @@ def opened_(model: nn.Module, names: Iterable[str], optimizers: Sequence[Any]) -
     return [Opened(parameter, shards[key], optimizers) for key, parameter in wanted.items() if key in shards]
 
 
+def shared_as(like: Any, tensor: Tensor) -> Tensor:
+    """A tensor that every rank has, shared out as `like` is. No collective."""
+    if is_sharded(tensor):
+        return tensor
+    where = tensor.to(like.device).contiguous()
+    return distribute_tensor(where, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def empty_shard(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without values, shared out as the model's parameters are."""
+    like: Any = next(model.parameters())
+    return empty(*shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+
+
 def share_state_(optimizer: Any) -> None:
     """Shards optimizer state that was loaded whole, as its parameters are."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items() if isinstance(parameter, DTensor) else ():
             if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameter.shape and value.ndim:
-                mesh, placements = parameter.device_mesh, parameter.placements
-                state[key] = distribute_tensor(value, mesh, placements, src_data_rank=None)
+                state[key] = shared_as(parameter, value)
 
 
 def _parts(model: nn.Module) -> list[Any]:

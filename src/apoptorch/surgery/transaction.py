@@ -20,7 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from apoptorch.distributed import ALONE, Ranks
 from apoptorch.errors import SurgeryError
 from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
-from apoptorch.sharding import is_sharded
+from apoptorch.sharding import is_sharded, shared_as
 from apoptorch.surgery.places import cut_of, effective_slot, sizes_of, without
 from apoptorch.surgery.tensors import (
     FOLLOWING,
@@ -136,11 +136,15 @@ class Surgery:
     @contextmanager
     def _whole(self, names: Iterable[str]) -> Iterator[None]:
         """Within, the model has the sharded tensors by those names whole; then they are sharded again."""
-        with self._ranks.whole(names, self._optimizers, "removing neurons") as opened:
-            yield
+        opened = []
+        try:
+            with self._ranks.whole(names, self._optimizers, "removing neurons") as opened:
+                yield
+        finally:  # what was whole is no part of the model any more
+            gone = {id(each.whole) for each in opened}
+            self._log = {key: undo for key, undo in (self._log or {}).items() if key[-1] not in gone}
         for each in opened:
             self._remember(("shard", id(each.parameter)), each.reshard_())
-            self._log = {key: undo for key, undo in (self._log or {}).items() if key[-1] != id(each.whole)}
 
     def resize_(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
         """Set integer attributes of modules, by path and name, that the shapes of their tensors don't tell.
@@ -169,7 +173,8 @@ class Surgery:
     def _fill_shard_(self, tensor: Any, value: Any) -> None:
         shard = tensor.to_local().detach()
         self._remember(("values", id(tensor)), partial(shard.copy_, shard.clone()))
-        shard.copy_(value.to_local())
+        shared: Any = shared_as(tensor, value)
+        shard.copy_(shared.to_local())
 
     def undo_(self) -> None:
         """Put back, bit for bit, what was there when the transaction began.
