@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -299,6 +300,36 @@ def test_a_look_must_also_make_up_for_compiling_once_more(compiled):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_compiled_again_after_each_of_many_events(in_place):
+    class Net(nn.Module):  # torch doesn't compile its own classes in place
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x):
+            return self.body(x)
+
+    compiles, model = [], Net()
+
+    def counting(graph, inputs):
+        compiles.append([tuple(p.shape) for p in model.parameters()])
+        return graph.forward
+
+    with torch._dynamo.config.patch(recompile_limit=2):
+        model.compile(backend=counting) if in_place else None
+        used = model if in_place else torch.compile(model, backend=counting)
+        apoptosis = Apoptosis(used, example_inputs=X[:BATCH], loss_fn=F.cross_entropy)
+        for floor in (40, 20, 10, 5):
+            used(X[:BATCH])
+            assert compiles[-1] == [tuple(p.shape) for p in model.parameters()]
+            apoptosis.policy = replace(POLICY, guard=99.0, floor=floor)
+            assert apoptosis.apoptose(X[:256], targets=Y[:256], budget=9.0).changes
+        used(X[:BATCH])
+        assert compiles[-1] == [tuple(p.shape) for p in model.parameters()]
+    torch.compiler.reset()
+
+
 def test_compiled_model_is_seen_through():
     model = mlp()
     compiled = torch.compile(model)
@@ -518,12 +549,11 @@ def test_distributed_wrappers_that_are_not_followed_are_refused():
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        whole, part = mlp(), mlp()
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        fully_shard(part[4], mesh=mesh)
-        for model, name in ((fully_shard(whole, mesh=mesh), "0.weight"), (part, "4.weight")):
-            with pytest.raises(ArgumentError, match=f"must not be sharded .* got a DTensor .{name}"):
-                Apoptosis(model, example_inputs=X[:4])
+        part = mlp()
+        fully_shard(part[4], mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        for take in (Apoptosis, shrink):
+            with pytest.raises(ArgumentError, match=r"must not be sharded here.* got a DTensor .4\.weight"):
+                take(part, example_inputs=X[:4])
         with pytest.raises(ArgumentError, match="must not be wrapped by DistributedDataParallel here"):
             shrink(nn.parallel.DistributedDataParallel(mlp()), example_inputs=X[:4])
         model = mlp()

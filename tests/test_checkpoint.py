@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from apoptorch import checkpoint
+from apoptorch import checkpoint, tensor_files
 from apoptorch.checkpoint import load, save
 from apoptorch.errors import CheckpointError
 from apoptorch.plan import ChannelGroup, Consumer, Fold, FoldPlan, Slot

@@ -67,7 +67,7 @@ def main() -> None:
     if not {("dense", 1), ("apoptosis", 1), ("dense", 2)} <= {(run["contender"], run["hosts"]) for run in latest}:
         raise SystemExit(f"{RESULTS} must hold runs on one and two hosts. Run `python -m benchmarks.scale.hosts`.")
     model = fit(latest)
-    parts = [INTRO, *about(latest), *checks(latest, model), MODEL]
+    parts = [INTRO, *about(latest), *gains(latest), *checks(latest, model), MODEL]
     for rate in model.links:
         parts += scaling(model, rate)
     draw(model, "1gbit" if "1gbit" in model.links else next(iter(model.links)))
@@ -132,6 +132,11 @@ def about(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     machine, first = runs[-1]["machine"], runs[-1]
     yield f"{machine['cpu']}, {machine['cores']} cores; torch {first['torch']}, commit {first['commit']}, "
     yield f"task {first['task']}, {first['steps']} steps of {first['batch']} examples over all ranks, gloo.\n"
+    if any(run.get("shared") for run in runs):
+        yield (
+            "**Other work ran on the machine at the same time**: seconds of compute are too many, and differ from run to\n"
+            "run. Where the network is fast, speed-ups are a rough guide. Bytes and accuracy are exact.\n"
+        )
     yield "Bytes: sent by one host in a step, for each byte of the gradients, at the start and at the end of the run.\n"
     yield "| hosts | bandwidth | | seconds | ms a step, start | end | parameters | bytes | accuracy |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -143,6 +148,24 @@ def about(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
             f"{1e3 * one['step_s']:.1f} | {1e3 * other['step_s']:.1f} | {other['parameters_after']:,} | {sent} | "
             f"{run['metric']:.4f} |"
         )
+
+
+def gains(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What apoptosis saves, network by network."""
+    pairs = {(run["hosts"], run["rate"], run["contender"]): run for run in runs}
+    speed = {
+        (hosts, rate): pairs[hosts, rate, "dense"]["total_s"] / run["total_s"]
+        for (hosts, rate, contender), run in pairs.items()
+        if contender == "apoptosis"
+    }
+    yield "\nWhat is left at the end of the run with apoptosis, and how much sooner the whole run ends:\n"
+    yield "| hosts | bandwidth | bytes a step | parameters | speed-up | over that at unlimited bandwidth |"
+    yield "|---|---|---|---|---|---|"
+    for (hosts, rate), gain in speed.items():
+        one, other = (pairs[hosts, rate, "apoptosis"]["curve"][i] for i in (0, -1))
+        sent = f"{other['sent'] / one['sent']:.3f}" if one["sent"] > 1e4 else "-"
+        left = other["parameters_after"] / one["parameters"]
+        yield f"| {hosts} | {rate} | {sent} | {left:.3f} | {gain:.2f} | {gain / speed[hosts, 'unlimited']:.2f} |"
 
 
 def checks(runs: Sequence[dict[str, Any]], model: Fit) -> Iterator[str]:

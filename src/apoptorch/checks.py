@@ -26,8 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     wrapper = type(model).__name__
     if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or wrapper.startswith("FSDP"):
         raise ArgumentError([
-            f"`model` must not be wrapped by {wrapper} here: Apoptosis follows DistributedDataParallel and fully_shard, "
-            "shrink takes the module inside. Pass model.module, or train with DistributedDataParallel."
+            f"`model` must not be wrapped by {wrapper} here: Apoptosis follows DistributedDataParallel "
+            "and fully_shard, shrink takes the module inside. Pass model.module, or train with DistributedDataParallel."
         ])  # fmt: skip
     return model
 
