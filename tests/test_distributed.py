@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptorch import Apoptosis, ArgumentError, Policy, removal
+from apoptorch import Apoptosis, ArgumentError, Policy, load, removal, save
 from apoptorch.batches import Batch
 from apoptorch.distributed import Ranks, fingerprint
 from apoptorch.errors import AbandonedError, RanksError
@@ -250,7 +250,7 @@ def assert_abandoned(found):
         assert any(event["changes"] and not event["rolled_back"] for event in later)
 
 
-def dying(rank, world):
+def dying(rank, world, folder):
     """Rank 1 is killed inside its part of the search; what the other one sees, and after how long."""
 
     def die(*args, **options):
@@ -260,6 +260,7 @@ def dying(rank, world):
         removal.select_blocks = die
     model = DistributedDataParallel(mlp())
     apoptosis = Apoptosis(model, example_inputs=X[:4], loss_fn=F.cross_entropy, policy=POLICY)
+    save(model, folder, apoptosis)
     before, start = fingerprint(model.module.state_dict()), time.monotonic()
     with pytest.raises(RanksError) as raised:
         apoptosis.apoptose(X[:256], targets=Y[:256])
@@ -267,14 +268,18 @@ def dying(rank, world):
     return str(raised.value), time.monotonic() - start
 
 
-def test_a_rank_killed_inside_an_event_ends_the_others_in_time():
-    survivor, killed = ranks.outcomes(2, dying, 2)
+def test_a_rank_killed_inside_an_event_ends_the_others_in_time_and_the_last_checkpoint_loads(tmp_path):
+    survivor, killed = ranks.outcomes(2, dying, 2, str(tmp_path))
     assert killed is None
     assert survivor[0], survivor[1]
     text, seconds = survivor[1]
     assert "can't be reached any more" in text
     assert "last checkpoint" in text
     assert seconds < ranks.TIMEOUT + 5
+    model = mlp()
+    nn.init.zeros_(model[0].weight)
+    load(model, tmp_path)
+    assert fingerprint(model.state_dict()) == fingerprint(mlp().state_dict())
 
 
 def at_the_door(rank, world):

@@ -89,6 +89,12 @@ def test_the_networks_have_the_sizes_that_are_known():
     assert 0.98 < found["VGG-16"][1] / (3 * 30.94e9) <= 1.0  # three passes, but none to the image
 
 
+def test_the_page_shows_what_was_measured():
+    runs = model.latest_runs()
+    assert "\n".join([*model.about(runs), *model.gains(runs)]) in model.PAGE.read_text()
+    assert {run["hosts"] for run in runs} == {1, 2, 4}
+
+
 def possible():
     return os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
 

@@ -61,9 +61,7 @@ class Fit:
 
 
 def main() -> None:
-    found = records(RESULTS)
-    same = ("task", "commit", "seed", "max_steps")
-    latest = [run for run in found if all(run[name] == found[-1][name] for name in same)]
+    latest = latest_runs()
     if not {("dense", 1), ("apoptosis", 1), ("dense", 2)} <= {(run["contender"], run["hosts"]) for run in latest}:
         raise SystemExit(f"{RESULTS} must hold runs on one and two hosts. Run `python -m benchmarks.scale.hosts`.")
     model = fit(latest)
@@ -72,6 +70,13 @@ def main() -> None:
         parts += scaling(model, rate)
     draw(model, "1gbit" if "1gbit" in model.links else next(iter(model.links)))
     PAGE.write_text("\n".join([*parts, f"\n![Images per second against ranks, modelled]({PLOT.name})\n"]))
+
+
+def latest_runs() -> list[dict[str, Any]]:
+    """The runs that belong together with the last one."""
+    found = records(RESULTS)
+    same = ("task", "commit", "seed", "max_steps")
+    return [run for run in found if all(run[name] == found[-1][name] for name in same)]
 
 
 def fit(runs: Sequence[dict[str, Any]]) -> Fit:
@@ -134,8 +139,8 @@ def about(runs: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"task {first['task']}, {first['steps']} steps of {first['batch']} examples over all ranks, gloo.\n"
     if any(run.get("shared") for run in runs):
         yield (
-            "**Other work ran on the machine at the same time**: seconds of compute are too many, and differ from run to\n"
-            "run. Where the network is fast, speed-ups are a rough guide. Bytes and accuracy are exact.\n"
+            "**Other work ran on the machine at the same time**: seconds of compute are too many and differ from run\n"
+            "to run. Where the network is fast, speed-ups are a rough guide. Bytes and accuracy are exact.\n"
         )
     yield "Bytes: sent by one host in a step, for each byte of the gradients, at the start and at the end of the run.\n"
     yield "| hosts | bandwidth | | seconds | ms a step, start | end | parameters | bytes | accuracy |"

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from apoptorch.distributed import Ranks
 from apoptorch.errors import CheckpointError
@@ -42,7 +43,7 @@ def write(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks) -> None:
         return
     try:
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+        save(dict(tensors), storage_writer=writer, process_group=ranks.group)
     except CheckpointException as error:
         raise CheckpointError(
             f"`{path.name}` must be written by all ranks, got {' '.join(str(error).split())}."
@@ -90,7 +91,7 @@ def _of_directory(path: Path, entries: Mapping[str, Any], ranks: Ranks) -> tuple
         else torch.empty(found[name].size, dtype=found[name].properties.dtype)
         for name, entry in entries.items()
     }
-    dcp.load(values, storage_reader=reader, no_dist=True)  # a rank that fails leaves none waiting
+    load(values, storage_reader=reader, no_dist=True)  # a rank that fails leaves none waiting
     return values, []
 
 

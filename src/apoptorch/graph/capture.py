@@ -18,6 +18,8 @@ from ..errors import ExportError
 def preserved(model: nn.Module) -> Iterator[None]:
     """Puts the training mode of every module and the values of all buffers back, and leaves the RNG untouched.
 
+    Within, what torch.compile compiled runs as it is written: nothing is compiled at widths that don't last.
+
     Within, SyncBatchNorm normalises this rank's data by itself: it waits for no other rank, whatever data that has.
     """
     modes = {module: module.training for module in model.modules()}
@@ -28,7 +30,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     for module in synchronised:
         module.forward = partial(nn.modules.batchnorm._BatchNorm.forward, module)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=devices):
             yield
     finally:
         for module in synchronised:
