@@ -1,7 +1,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS := .venv/.docs
 ZOO := .venv/.zoo
+
+# Bytecode is compiled when a module is first imported: few of those that are installed ever are.
+INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test docs dist bench-core bench-quick bench bench-tune higgs-sim bench-learning bench-scale zoo fuzz calibration
 
@@ -16,8 +21,12 @@ test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
 
 # The documentation's site, into build/site.
-docs: $(READY)
-	PYTHONPATH=src $(BIN)/mkdocs build --strict --quiet
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=src $(BIN)/mkdocs build --strict  # with --quiet, warnings would not count
+
+$(DOCS): $(READY)
+	$(INSTALL) -e '.[docs]'
+	touch $@
 
 # Wheel and sdist; then the README's snippet and the command line in a fresh environment with the wheel alone.
 dist: $(READY)
@@ -50,8 +59,8 @@ zoo: $(ZOO)
 	$(BIN)/python -m benchmarks.zoo
 
 $(ZOO): $(READY)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[zoo]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps torchvision timm
+	$(INSTALL) -e '.[zoo]'
+	$(INSTALL) --no-deps torchvision timm
 	touch $@
 
 # Ten minutes: every contender on four small tasks, into runs/bench-quick.
@@ -70,10 +79,10 @@ bench-tune: $(READY)
 
 # Simulates as many events as the full higgs-sim set has, into runs/higgs-sim; goes on where it stopped. About an hour.
 higgs-sim: $(READY)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[higgs]'
+	$(INSTALL) -e '.[higgs]'
 	$(BIN)/python -m benchmarks.higgs_sim runs/higgs-sim
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[report,bench,lightning,transformers,onnx,docs,dev]'
+	$(INSTALL) -e '.[report,bench,lightning,transformers,onnx,dev]'
 	touch $@

@@ -1,10 +1,11 @@
-"""Apoptosis in accelerate's loop: accumulation, bf16, save_state and load_state, two processes."""
+"""Apoptosis in accelerate's loop: accumulation, bf16, averaged weights, save_state and load_state, two processes."""
 
 import os
 
 import pytest
 import torch
 from ranks import run
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import POLICY, data, loss_fn, network, prepare_torchvision, run_example, same
 
@@ -34,10 +35,12 @@ class Run:
         loader = DataLoader(TensorDataset(*data(960)), batch_size=32)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.net = self.accelerator.unwrap_model(self.model)
+        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
         self.steps = AcceleratedApoptosis(
             self.accelerator, self.model, self.optimizer, example_inputs=data(32)[0], loss_fn=loss_fn,
-            total_steps=30 // accumulate, policy=POLICY,
+            total_steps=30 // accumulate, policy=POLICY, followers=[self.average.module],
         )  # fmt: skip
+        self.accelerator.register_for_checkpointing(self.average)
 
     def train(self, first=0, last=30):
         for i, (x, y) in enumerate(self.loader):
@@ -49,6 +52,7 @@ class Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.steps.step(x, targets=y)
+            self.average.update_parameters(self.net)
         return self
 
     @property
@@ -63,6 +67,7 @@ def test_a_loop_shrinks_the_model(accumulate, precision):
     assert max(done.widths[:2]) < 48
     assert [group.width for group in done.steps.apoptosis.groups] == done.widths
     assert done.model(data(8)[0]).dtype == torch.float32
+    assert [layer.out_features for layer in done.average.module[::2]] == done.widths
 
 
 def test_save_state_and_load_state_resume_the_run(tmp_path):
@@ -76,6 +81,7 @@ def test_save_state_and_load_state_resume_the_run(tmp_path):
     assert same(resumed.net, half.net)
     resumed.train(15, 30)
     assert same(resumed.net, whole.net)
+    assert same(resumed.average, whole.average)
 
 
 def in_ddp(rank):

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comparison import Task, accuracy, mlp, sgd
-from datasets import Split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
@@ -19,14 +18,6 @@ from benchmarks.contenders import CONTENDERS, REFERENCE, SEARCH
 from benchmarks.paired import geometric_mean, paired
 from benchmarks.pareto import front
 from benchmarks.search import random_widths, search
-
-
-@pytest.fixture
-def data():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 6, generator=generator)
-    y = (x[:, 0] * x[:, 1] > 0).long()
-    return Split(x[:200], y[:200], x[200:], y[200:])
 
 
 @pytest.fixture

@@ -22,19 +22,10 @@ from comparison import (
     train,
     widths,
 )
-from datasets import Split
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from benchmarks import core, tables
-
-
-@pytest.fixture
-def data():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(300, 6, generator=generator)
-    y = (x[:, 0] * x[:, 1] > 0).long()
-    return Split(x[:200], y[:200], x[200:], y[200:])
 
 
 @pytest.fixture

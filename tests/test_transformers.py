@@ -1,19 +1,24 @@
-"""The transformers callback in real runs of Trainer: accumulation, bf16, resume, two processes, loading."""
+"""The transformers callback in real runs of Trainer: accumulation, bf16, averaged weights, resume, two processes."""
 
 import os
 import sys
-import tempfile
 
 import pytest
 import torch
 from ranks import run
+from torch.optim.swa_utils import AveragedModel
 from trainers import POLICY, prepare_torchvision, run_example, same
 
 from apoptorch import ArgumentError
 from apoptorch.surgery import Surgery, following
 
 prepare_torchvision()
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)  # fmt: skip
 
 from apoptorch.integrations.transformers import ApoptosisCallback, load_pretrained  # noqa: E402
 
@@ -32,9 +37,13 @@ def without_datasets(monkeypatch):
     monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
 
 
-def fit(folder, callback, resume=None, **settings):
+def build():
     torch.manual_seed(0)
-    model = BertForSequenceClassification(CONFIG)
+    return BertForSequenceClassification(CONFIG)
+
+
+def fit(folder, callback, resume=None, model=None, **settings):
+    model = model or build()
     settings = {"save_strategy": "no", "max_steps": 20, **settings}
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=16, learning_rate=3e-3, use_cpu=True, report_to=[],
@@ -94,22 +103,45 @@ def test_sizes_that_no_tensor_tells_are_in_the_configuration(tmp_path):
     assert not torch.equal(loaded(WORDS[:8])["logits"], before)
 
 
-def in_ddp(rank):
+def test_an_average_of_the_weights_shrinks_alike(tmp_path):
+    model = build()
+    average = AveragedModel(model)
+
+    class Averaging(ApoptosisCallback):
+        def on_step_end(self, *args, **kwargs):
+            average.update_parameters(kwargs["model"])
+            super().on_step_end(*args, **kwargs)
+
+    fit(tmp_path, Averaging(policy=POLICY, followers=[average.module]), model=model, max_steps=8)
+    assert hidden(average.module) == hidden(model) < 48
+
+
+def in_ddp(rank, folder):
+    """Ten steps with a checkpoint after the sixth and its event, and the last four once more from there."""
     sys.modules["transformers.trainer"].is_datasets_available = lambda: False
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    callback = ApoptosisCallback(policy=POLICY)
-    with tempfile.TemporaryDirectory() as folder:
-        model = fit(folder, callback, max_steps=10)
-    return type(callback._trainer.model_wrapped).__name__, hidden(model), [p.detach() for p in model.parameters()]
+    found = []
+    for resume in (None, f"{folder}/checkpoint-6"):
+        callback = ApoptosisCallback(policy=POLICY)
+        model = fit(folder, callback, resume, max_steps=10, save_strategy="steps", save_steps=6)
+        trainer, steps = callback._trainer, [event.step for event in callback.apoptosis.history]
+        wrapper = type(trainer.model_wrapped).__name__
+        found.append((wrapper, hidden(model), steps, [p.detach() for p in model.parameters()]))
+    with pytest.raises(ArgumentError, match=r"got 2 of them\. Write trainer = callback\.bind"):
+        ApoptosisCallback().on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    return found
 
 
-def test_two_processes_end_with_one_narrow_network():
-    first, second = run(2, in_ddp)
-    assert first[:2] == second[:2]
-    assert first[0] == "DistributedDataParallel"
-    assert first[1] < 48
-    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
+def test_two_processes_end_with_one_narrow_network_also_when_they_resume(tmp_path):
+    (first, *others), second = run(2, in_ddp, str(tmp_path))
+    wrapper, width, steps, parameters = first
+    assert wrapper == "DistributedDataParallel"
+    assert width < 48
+    assert steps[0] == 6
+    for other in (*others, *second):
+        assert other[:3] == first[:3]
+        assert all(torch.equal(a, b) for a, b in zip(other[3], parameters, strict=True))
 
 
 def test_the_example_runs(capsys):

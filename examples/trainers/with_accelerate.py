@@ -1,4 +1,4 @@
-"""Neuron apoptosis in a loop that accelerate runs; also under `accelerate launch`."""
+"""Neuron apoptosis in a loop that accelerate runs; torchrun --nproc-per-node=2 with_accelerate.py: on two ranks."""
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
                 apoptosis.step(inputs, targets=targets)
-    accelerator.print(apoptosis.apoptosis.explain())
+    accelerator.print(f"{accelerator.num_processes} ranks\n{apoptosis.apoptosis.explain()}")
 
 
 if __name__ == "__main__":

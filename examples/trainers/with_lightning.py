@@ -45,7 +45,7 @@ def main() -> None:
     )  # fmt: skip
     trainer.fit(Net(), data)
     if trainer.is_global_zero:
-        print(callback.apoptosis.explain())
+        print(f"{trainer.world_size} ranks\n{callback.apoptosis.explain()}")
 
 
 if __name__ == "__main__":

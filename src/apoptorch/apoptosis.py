@@ -89,6 +89,7 @@ class Apoptosis:
         self._reduce_seconds = ranks.all_reduce_seconds(timed, next(model.parameters()).device) / max(1, timed)
         self._step = 0
         self._batches: list[Batch] = []
+        self._forms: set[tuple[Any, ...]] = set()  # of batches that the model and the loss are known to take
         self._event_step = self._first_event()
         self._wake = self._next_wake()
         self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
@@ -121,7 +122,8 @@ class Apoptosis:
 
         Raises:
             ArgumentError: called between forward and backward or from a second thread; or, at the first step and
-                while data is being gathered, within autocast or inference mode or with NaN, infinite or empty data.
+                while data is being gathered, within autocast or inference mode, or with data that is NaN, infinite,
+                empty, or that the model or the loss doesn't take.
         """
         if self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident():
             self._step += 1  # nothing to do: the common case
@@ -134,7 +136,7 @@ class Apoptosis:
         batch, ranks = Batch(inputs, kwinputs, targets), self._network.ranks
         problems = [*checks.data_problems(tree_leaves((inputs, kwinputs)))]
         if ranks.alone:  # else at the event, by all ranks together
-            checks.checked(problems)
+            checks.checked(problems or self._batch_problems(batch))
         if self._step == 1:
             self._compile_seconds = max(0.0, time.perf_counter() - self._compiles_since)
             with ranks.together("measuring the first loss"):
@@ -156,6 +158,7 @@ class Apoptosis:
         batch = Batch(inputs, kwinputs, targets)
         problems = [*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)]
         checks.checked(self._network.ranks.problems(problems))
+        checks.checked(self._batch_problems(batch) if self._network.ranks.alone else ())
         calibration, held_out = split(batch)
         return self._remove([calibration], [held_out], replace(self.policy, rebalance=False), budget)
 
@@ -314,6 +317,12 @@ class Apoptosis:
         if not self._stepped:
             self._check_stepped()
         self._stepped = not self._network.optimizers
+
+    def _batch_problems(self, batch: Batch) -> Iterable[str]:
+        """Tries each form of batch once."""
+        if (form := checks.form(batch)) not in self._forms:
+            yield from checks.batch_problems(self._network.model, batch, self.loss_fn)
+            self._forms.add(form)
 
     def _check_stepped(self) -> None:
         """No optimizer stepped since the last call: fine if a GradScaler skipped the step, else the wrong place."""

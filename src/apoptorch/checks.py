@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
+from .batches import Batch, LossFn
 from .calibrate import calibrating
 from .distributed import ALONE, Ranks
 from .errors import ArgumentError, SurgeryError
+from .graph import preserved
 from .sharding import is_sharded
 from .surgery import Surgery
 
@@ -119,17 +121,60 @@ def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def call_problems(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[str]:
     """Does the model run on these inputs?"""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
     if not tensors or any(t.numel() == 0 for t in tensors):
         return  # `data_problems` says so
+    yield from batch_problems(model, Batch(args, kwargs), None, "example_inputs")
+
+
+def batch_problems(model: nn.Module, batch: Batch, loss_fn: LossFn | None, name: str = "inputs") -> Iterator[str]:
+    """Does the model run on this batch as it is measured, and the loss on what it returns?"""
     try:
         with calibrating(model), torch.no_grad():
-            model(*args, **kwargs)
+            output = model(*batch.args, **batch.kwargs)
     except Exception as error:  # a forward pass raises whatever the user wrote
         yield (
-            f"`example_inputs` must fit model.forward, got {shapes}: {type(error).__name__}: {str(error)[:300]}. "
+            f"`{name}` must fit model.forward, got {_told((batch.args, batch.kwargs))}: {_text(error)}. "
             "Pass a tensor, a tuple of positional or a dict of keyword arguments, as in training."
         )
+        return
+    try:
+        with torch.no_grad():
+            loss_fn(output, batch.targets) if loss_fn is not None else None
+    except Exception as error:  # nor is it known what a loss raises
+        with preserved(model), torch.no_grad():
+            trained = type(model.train()(*batch.args, **batch.kwargs)).__name__
+        other = trained != type(output).__name__
+        yield (
+            f"`loss_fn` must take (output, targets) as the model is measured, which is in eval mode, got "
+            f"{type(output).__name__} {_told(output)}{f', in training {trained},' if other else ''} and "
+            f"{type(batch.targets).__name__} {_told(batch.targets)}: {_text(error)}. "
+            + (
+                "Write it for both, as criterion(getattr(output, 'logits', output), targets)."
+                if other
+                else "Pass the targets that belong to these inputs."
+            )
+        )
+
+
+def form(batch: Batch) -> tuple[Any, ...]:
+    """What batches have in common that the same model takes: all but the number of inputs and the values."""
+    leaves, spec = tree_flatten((batch.args, batch.kwargs, batch.targets))
+
+    def told(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return type(leaf)
+        return leaf.shape[1:], leaf.dtype, len(leaf) == batch.size or len(leaf)
+
+    return (str(spec), *map(told, leaves))
+
+
+def _told(value: Any) -> str:
+    """The shapes in it."""
+    return ", ".join(str(tuple(t.shape)) for t in tree_leaves(value) if isinstance(t, Tensor)) or "without tensors"
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def moment_problems(thread: int | None) -> Iterator[str]:

@@ -66,7 +66,7 @@ def shrink(
     if calibration is None:
         return _from_weights(model, args, kwargs, bound, input_norm)
     policy = replace(POLICIES["normal"], rebalance=False)
-    batches = _batches(calibration, loss_fn is not None, math.ceil(1.5 * policy.samples))
+    batches = _batches(model, calibration, loss_fn, math.ceil(1.5 * policy.samples))
     return remove_(_network(model, args, kwargs), *_shares(batches), loss_fn, policy, budget, price=policy.price)
 
 
@@ -138,9 +138,9 @@ def _largest_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     return max(norms)
 
 
-def _batches(calibration: Iterable[Any], paired: bool, wanted: int) -> list[Batch]:
+def _batches(model: nn.Module, calibration: Iterable[Any], loss_fn: LossFn | None, wanted: int) -> list[Batch]:
     """The first batches, until there are `wanted` inputs."""
-    found: list[Batch] = []
+    found, forms, paired = list[Batch](), set[Any](), loss_fn is not None
     for i, item in enumerate(calibration):
         pair = isinstance(item, tuple | list) and len(item) == 2
         if paired and not pair:
@@ -153,6 +153,9 @@ def _batches(calibration: Iterable[Any], paired: bool, wanted: int) -> list[Batc
         inputs, targets = item if paired else (item, None)
         batch = Batch(*checks.as_call(inputs), targets)
         checks.checked(checks.data_problems(tree_leaves((batch.args, batch.kwargs)), "calibration"))
+        if (form := checks.form(batch)) not in forms:
+            checks.checked(checks.batch_problems(model, batch, loss_fn, "calibration"))
+            forms.add(form)
         found.append(batch)
         if sum(batch.size for batch in found) >= wanted:
             break

@@ -30,7 +30,9 @@ class ApoptosisCallback(Callback):
             it has one, else budgets are relative changes of the output.
         batch: `batch(batch) -> (inputs, targets)`, inputs a tensor, a tuple or a dict of keyword arguments.
             None: a pair is (inputs, targets), a dict's "labels" or "targets" are the targets and the rest keywords.
-        policy, protect, followers: as for `apoptorch.Apoptosis`.
+        policy: as for `apoptorch.Apoptosis`, like the rest.
+        protect: names of modules whose outputs keep their width.
+        followers: modules that shrink alike.
 
     Attributes:
         apoptosis: the `apoptorch.Apoptosis`, from the first training batch on.

@@ -32,7 +32,9 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
 
     Args:
         loss_fn: `loss_fn(output, labels)` -> mean loss, for models that don't compute it; None: the model's own loss.
-        policy, protect, followers: as for `apoptorch.Apoptosis`.
+        policy: as for `apoptorch.Apoptosis`, like the rest.
+        protect: names of modules whose outputs keep their width.
+        followers: modules that shrink alike.
 
     Attributes:
         apoptosis: the `apoptorch.Apoptosis`, from the first training batch on.
