@@ -141,9 +141,8 @@ def batch_problems(model: nn.Module, batch: Batch, loss_fn: LossFn | None, name:
         with torch.no_grad():
             loss_fn(output, batch.targets) if loss_fn is not None else None
     except Exception as error:  # nor is it known what a loss raises
-        with preserved(model), torch.no_grad():
-            trained = type(model.train()(*batch.args, **batch.kwargs)).__name__
-        other = trained != type(output).__name__
+        trained = _training_output(model, batch)
+        other = trained not in (None, type(output).__name__)
         yield (
             f"`loss_fn` must take (output, targets) as the model is measured, which is in eval mode, got "
             f"{type(output).__name__} {_told(output)}{f', in training {trained},' if other else ''} and "
@@ -154,6 +153,15 @@ def batch_problems(model: nn.Module, batch: Batch, loss_fn: LossFn | None, name:
                 else "Pass the targets that belong to these inputs."
             )
         )
+
+
+def _training_output(model: nn.Module, batch: Batch) -> str | None:
+    """The type of what the model returns in training; None if it can't be said (batch norm of a single input)."""
+    try:
+        with preserved(model), torch.no_grad():
+            return type(model.train()(*batch.args, **batch.kwargs)).__name__
+    except Exception:  # as in `batch_problems`
+        return None
 
 
 def form(batch: Batch) -> tuple[Any, ...]:
