@@ -112,8 +112,13 @@ def test_an_average_of_the_weights_shrinks_alike(tmp_path):
             average.update_parameters(kwargs["model"])
             super().on_step_end(*args, **kwargs)
 
-    fit(tmp_path, Averaging(policy=POLICY, followers=[average.module]), model=model, max_steps=8)
+    averaging = Averaging(policy=POLICY, followers=[average.module])
+    fit(tmp_path, averaging, model=model, max_steps=8, save_strategy="steps", save_steps=6)
     assert hidden(average.module) == hidden(model) < 48
+    resumed, average = build(), AveragedModel(build())
+    averaging = Averaging(policy=POLICY, followers=[average.module])
+    fit(tmp_path, averaging, str(tmp_path / "checkpoint-6"), resumed, max_steps=8)
+    assert hidden(average.module) == hidden(resumed) == hidden(model)
 
 
 def in_ddp(rank, folder):

@@ -33,7 +33,7 @@ class AcceleratedApoptosis:
         optimizers = [getattr(item, "optimizer", item) for item in several]
         with plain_forward(self._model):
             self.apoptosis = Apoptosis(model, optimizers, **arguments)
-        narrow_on_load(self._model)
+        narrow_on_load(self._model, arguments.get("followers", ()))
         accelerator.register_for_checkpointing(self)
 
     def step(self, *inputs: Any, targets: Any = None, **kwinputs: Any) -> Event | None:

@@ -51,7 +51,7 @@ class ApoptosisCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before a checkpoint is read: the module takes narrow ones."""
-        narrow_on_load(pl_module)
+        narrow_on_load(pl_module, self.followers)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
         """At the first batch: look at the model."""

@@ -1,7 +1,8 @@
 """What every trainer needs: full-size models that accept narrow checkpoints, and forward() without autocast."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,29 +11,33 @@ from apoptorch.errors import SurgeryError
 from apoptorch.surgery import FOLLOWING, Surgery, named_tensors, narrow_
 
 
-def narrow_on_load(model: nn.Module) -> nn.Module:
+def narrow_on_load(model: nn.Module, followers: Sequence[nn.Module] = ()) -> nn.Module:
     """Let `model.load_state_dict` take checkpoints of a narrowed model: it narrows itself to their shapes first.
 
     Call it on a model built at full size, before the optimizer has state. Whatever is narrower in the checkpoint is
     narrowed, so that it must be one of the same architecture. Integer attributes of your own modules that apoptosis
     narrowed too (`self.head_dim`) are in the metadata of the state dict, which `torch.save` keeps and safetensors
-    doesn't: `apoptorch.save` writes them in any case. Returns the model.
+    doesn't: `apoptorch.save` writes them in any case. `followers`: copies (an average) that are narrowed alike. Returns
+    the model.
     """
-    model.register_load_state_dict_pre_hook(_narrow)
-    for module in model.modules():
-        module.register_load_state_dict_pre_hook(_resize)
+    model.register_load_state_dict_pre_hook(partial(_narrow, followers=followers))
+    for module, *copies in zip(model.modules(), *(follower.modules() for follower in followers), strict=False):
+        module.register_load_state_dict_pre_hook(partial(_resize, followers=copies))
     return model
 
 
-def _narrow(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _narrow(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any, followers: Sequence[nn.Module]) -> None:
     shapes = {name: state[prefix + name].shape for name in named_tensors(module) if prefix + name in state}
     with _reporting(rest[-1]):
-        narrow_(module, shapes)
+        narrow_(module, shapes, followers=followers)
 
 
-def _resize(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+def _resize(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any,
+    followers: Sequence[nn.Module],
+) -> None:  # fmt: skip
     if isinstance(sizes := metadata.get(FOLLOWING), dict):
-        with _reporting(rest[-1]), Surgery(module) as surgery:
+        with _reporting(rest[-1]), Surgery(module, (), followers) as surgery:
             surgery.resize_({"": sizes})
 
 

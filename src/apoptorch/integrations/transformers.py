@@ -59,7 +59,7 @@ class ApoptosisCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Before a checkpoint is read: the model takes narrow ones."""
-        narrow_on_load(kwargs["model"])
+        narrow_on_load(kwargs["model"], self.arguments["followers"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
