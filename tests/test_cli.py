@@ -175,7 +175,7 @@ def test_the_real_command_ends_with_its_exit_code_and_no_traceback(nets):
     )
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: `MODEL`")
+    assert "error: `MODEL`" in result.stderr  # after what torch may have to say of its installation
     assert "Traceback" not in result.stderr
 
 
