@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from apoptorch import Apoptosis, Policy, load, save
+from apoptorch.discovery import discovered
 from apoptorch.graph import trace
 from apoptorch.graph.capture import capture
 from apoptorch.plan import ChannelGroup, Slot
-from apoptorch.rehearsal import rehearsed
 from apoptorch.surgery import named_tensors
 from tests.planted import entries, loss, makers, opened, outputs, write_
 
@@ -29,9 +29,9 @@ def traced(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dic
     args = tuple(args)
     with _counted() as nodes:
         start = time.process_time()
-        groups, _ = trace(model, args, kwargs)
+        trace(model, args, kwargs)
         seconds = time.process_time() - start
-    groups = rehearsed(model, groups, args, kwargs)
+    groups, _ = discovered(model, args, kwargs)
     prunable = [group for group in groups if group.prunable]
     open_, all_ = coverage(model, prunable), coverage(model, groups)
     reasons: dict[str, list[ChannelGroup]] = {}

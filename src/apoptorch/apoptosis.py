@@ -16,14 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from . import checks
 from .batches import Batch, LossFn, split
+from .discovery import discovered
 from .distributed import fingerprint, is_compiled, unwrapped, wrapper_problems
 from .errors import AbandonedError, ArgumentError
 from .evaluation import evaluate, pooled
 from .explain import Outlook, explained
-from .graph import trace
 from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
-from .rehearsal import rehearsed
 from .removal import Network, abandoned, remove_
 from .sharding import sharding_problems
 from .surgery import Surgery, named_tensors, narrowed, sizes_of
@@ -78,8 +77,7 @@ class Apoptosis:
         self.history: list[Event] = []
         with ranks.rebuilding(), ranks.together("tracing the model"):
             with ranks.outlined((args, kwargs)) as call:
-                groups, costs = trace(model, *call)
-                groups = rehearsed(model, [_protected(group, protect) for group in groups], *call)
+                groups, costs = discovered(model, *call, protect)
             if self.policy.cost == "milliseconds":
                 costs = milliseconds(model, groups, costs, Batch(args, kwargs))
         ranks.agree("channel groups", groups)
@@ -217,7 +215,7 @@ class Apoptosis:
         return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), fewest)
 
     def _batches_wanted(self) -> int:
-        widest = max((group.width for group in self._network.prunable(self.policy.floor)), default=0)
+        widest = max((group.width * group.entries for group in self._network.prunable(self.policy.floor)), default=0)
         samples = min(self.policy.samples, max(4 * widest, self.policy.samples // 2))
         return max(3, math.ceil(1.5 * samples / self._batch_size))
 
@@ -358,15 +356,6 @@ def _several(optimizer: Any) -> tuple[Any, ...]:
     if optimizer is None:
         return ()
     return tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-
-
-def _protected(group: ChannelGroup, protect: Sequence[str]) -> ChannelGroup:
-    owned = [slot.tensor for slot in (*group.producers, *group.passthrough)]
-    for name in protect:
-        if any(tensor.startswith(f"{name}.") for tensor in owned):
-            reason = "; ".join(filter(None, (f"protected by protect=({name!r},)", group.reason)))
-            return replace(group, prunable=False, reason=reason)
-    return group
 
 
 def _budget_problems(budget: float | None) -> Iterable[str]:

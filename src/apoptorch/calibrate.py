@@ -206,7 +206,7 @@ def measure(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Sequence[Batch], loss_fn: LossFn | None, damping: float,
     ranks: Ranks = ALONE, backward: float = 1.0,
 ) -> dict[str, Moments]:  # fmt: skip
-    """Moments of every group that is read, from one forward and one backward pass to the activations a batch.
+    """Moments of every group that is read, by entry, from one forward and one backward pass to the activations a batch.
 
     The backward passes, for all that gradients tell, are left out after the first share `backward` of the batches.
 
@@ -216,6 +216,7 @@ def measure(
     Without `loss_fn` the "loss" is the relative mean squared change of the model's output. Groups that are read in
     training mode only (by an auxiliary head), or in a way that can't be followed, have none.
     """
+    groups = [group.by_entry() for group in groups]
     with ranks.together("measuring the activations"):
         totals = _totals(model, groups, batches, loss_fn, damping, ranks, math.ceil(backward * len(batches)))
     totals.pooled_(ranks)

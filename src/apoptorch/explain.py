@@ -45,7 +45,7 @@ def _obstacle(group: ChannelGroup, undone: Sequence[Event], outlook: Outlook) ->
             f"removed at step {undone[-1].step} and undone, as {undone[-1].reason}; try policy='conservative', "
             "or larger batches to plan on (Policy(samples=...))"
         )
-    if group.width <= outlook.floor:
+    if group.width <= group.least(outlook.floor):
         return (
             f"nothing was redundant that may go, as no group gets narrower than {outlook.floor}; try Policy(floor=...)"
         )

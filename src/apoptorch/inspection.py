@@ -6,9 +6,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import checks
-from .graph import trace
 from .plan import ChannelGroup
-from .rehearsal import rehearsed
 from .removal import Network
 
 
@@ -28,8 +26,7 @@ def inspected(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     checks.checked([
         *checks.call_problems(model, args, kwargs), *checks.data_problems(tree_leaves((args, kwargs)), "example_inputs")
     ])  # fmt: skip
-    groups, costs = trace(model, args, kwargs)
-    network = Network(model, (), (), rehearsed(model, groups, args, kwargs), costs)
+    network = Network(model, (), (), *discovered(model, args, kwargs))
     return {
         "model": type(model).__name__,
         "parameters": network.parameters,

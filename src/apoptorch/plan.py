@@ -106,6 +106,8 @@ class ChannelGroup:
         prunable: False if the group must keep its width; `reason` then says why.
         blocks: heads, experts or parts of a norm, `width / blocks` channels each, one block after the other. The same
             number must stay in every block, and a channel can be folded only into others of its block.
+        entries: numbers that make one channel where a consumer reads it: those of a whole head. They go together, and
+            each is folded into all entries of the survivors.
         sizes: attributes of modules that follow its width, as no tensor's shape tells them.
         lines: the lines of code ("file.py:12") that its channels pass.
     """
@@ -121,6 +123,7 @@ class ChannelGroup:
     prunable: bool = True
     reason: str | None = None
     blocks: int = 1
+    entries: int = 1
     sizes: tuple[SizeAttribute, ...] = ()
     lines: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
@@ -128,10 +131,28 @@ class ChannelGroup:
         """The first channels of every block, `count` in all."""
         return torch.arange(self.width).view(self.blocks, -1)[:, : count // self.blocks].flatten()
 
+    def by_entry(self) -> "ChannelGroup":
+        """The group as its consumers read it: every entry is a channel."""
+        consumers = (
+            replace(c, weight=replace(c.weight, inner=c.weight.inner // self.entries)) for c in self.consumers
+        )
+        return replace(self, width=self.width * self.entries, consumers=tuple(consumers), entries=1)
+
+    def entries_of(self, channels: Int64[Tensor, " k"]) -> Int64[Tensor, " e"]:
+        """Where the entries of these channels are among all entries of the group."""
+        return (channels[:, None] * self.entries + torch.arange(self.entries, device=channels.device)).flatten()
+
+    def least(self, floor: int) -> int:
+        """The least width that holds `floor` entries, or as many channels where each is one."""
+        return -(-floor // self.entries)
+
 
 @dataclass(frozen=True)
 class Fold:
-    """How one consumer replaces all n channels by the k survivors: a ~ coeffs @ a[keep] + shift."""
+    """How one consumer replaces all n channels by the k survivors: a ~ coeffs @ a[keep] + shift.
+
+    Of a group whose channels have several entries, n and k count entries.
+    """
 
     coeffs: Float64[Tensor, "n k"]
     shift: Float64[Tensor, " n"] | None = None

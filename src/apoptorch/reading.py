@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .multihead import multi_head_attention
 from .plan import Slot
 
 
@@ -149,6 +150,9 @@ class Recorder(TorchFunctionMode):
         if getattr(func, "__name__", "") in _CELLS and len(args) == 9:
             with self:  # step by step, so that every product is seen
                 return unrolled(func.__name__, *args)
+        if func is F.multi_head_attention_forward and kwargs.get("static_k") is kwargs.get("static_v") is None:
+            with self:
+                return multi_head_attention(*args, **kwargs)
         if "input" in kwargs:  # F.linear(input=x, ...)
             names = [name for name in ("input", "weight", "bias") if name in kwargs]
             args = (*args, *(kwargs[name] for name in names))

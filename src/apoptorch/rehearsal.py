@@ -8,7 +8,7 @@ is an integer attribute of a module (`self.hidden = 64`), that may follow the gr
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
@@ -30,19 +30,26 @@ _FEW, _CANDIDATES = 16, 5
 _SCALE = "forward() computes with a number that follows their size (the scale of a softmax?)"
 _TORCH = os.path.dirname(torch.__file__)
 Numbers = list[tuple[str, tuple[float, ...]]]
-_Key = tuple[int, frozenset[tuple[str, Slot]]]
+Places = tuple[int, frozenset[tuple[str, Slot]]]
 
 
 def rehearsed(
-    model: nn.Module, groups: Sequence[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[ChannelGroup]:
-    """The same groups; those are pinned without whose last channels forward() fails, or does something else."""
-    return _Rehearsal(model, list(groups), args, kwargs).run()
+    model: nn.Module, groups: Sequence[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any],
+    heads: Collection[str] = (),
+) -> list[ChannelGroup]:  # fmt: skip
+    """The same groups; those are pinned without whose last channels forward() fails, or does something else.
+
+    `heads`: tensors of which whole heads are channels (`graph.traced`).
+    """
+    return _Rehearsal(model, list(groups), args, kwargs, heads).run()
 
 
 class _Rehearsal:
-    def __init__(self, model: nn.Module, groups: list[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.model, self.groups, self.args, self.kwargs = model, groups, args, kwargs
+    def __init__(
+        self, model: nn.Module, groups: list[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any],
+        heads: Collection[str],
+    ):  # fmt: skip
+        self.model, self.groups, self.args, self.kwargs, self.heads = model, groups, args, kwargs, heads
         self.vain = set[tuple[Any, ...]]()  # attributes that were tried, for a group that passes the same lines
 
     @cached_property
@@ -125,13 +132,13 @@ class _Rehearsal:
     def unlike(self, narrowed: Sequence[ChannelGroup], names: Sequence[str]) -> tuple[dict[str, str], Numbers]:
         """Groups that the narrowed model no longer has; and the numbers that it computes with."""
         try:
-            tracer = traced(self.model, self.args, self.kwargs)
+            tracer = traced(self.model, self.args, self.kwargs, self.heads)
         except ApoptosisError as error:
             text = f"the narrowed model can't be traced: {' '.join(str(error).split())[:300]}"
             return dict.fromkeys(names, text), []
-        found = {_key(group) for group in assemble(tracer)[0]}
+        found = {places_of(group) for group in assemble(tracer)[0]}
         reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
-        reasons = {g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and _key(g) not in found}
+        reasons = {g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and places_of(g) not in found}
         return reasons, tracer.numbers()
 
 
@@ -166,7 +173,8 @@ def _candidates(group: ChannelGroup, error: Exception, modules: dict[nn.Module, 
                 yield SizeAttribute(modules[module], name, *known[value])
 
 
-def _key(group: ChannelGroup) -> _Key:
+def places_of(group: ChannelGroup) -> Places:
+    """Width and slots: what makes two groups the same."""
     roles = [("makes", slot) for slot in (*group.producers, *group.passthrough)]
     return group.width, frozenset([*roles, *(("reads", consumer.weight) for consumer in group.consumers)])
 
@@ -174,5 +182,5 @@ def _key(group: ChannelGroup) -> _Key:
 def _without_last(group: ChannelGroup) -> FoldPlan:
     """One channel less in every block."""
     keep = group.leading(group.width - group.blocks)
-    fold = Fold(torch.eye(group.width, dtype=torch.float64)[:, keep])
+    fold = Fold(torch.eye(group.width * group.entries, dtype=torch.float64)[:, group.entries_of(keep)])
     return FoldPlan(group.name, keep, (fold,) * len(group.consumers))

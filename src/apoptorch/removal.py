@@ -20,7 +20,16 @@ from .evaluation import Evaluation, evaluate, pooled, relative_changes
 from .neurons import neuron
 from .plan import Certificate, ChannelGroup, CostTerm, Event, Fold, FoldPlan, GroupChange
 from .policy import Policy
-from .redundancy import Selection, first_order, first_order_curve, fold_blocks, others, select_blocks, unexplained
+from .redundancy import (
+    Selection,
+    first_order,
+    first_order_curve,
+    fold_blocks,
+    others,
+    select_blocks,
+    select_whole,
+    unexplained,
+)
 from .surgery import Surgery, named_tensors
 
 
@@ -48,7 +57,7 @@ class Network:
         return flops(self.costs, self.widths)
 
     def prunable(self, floor: int) -> list[ChannelGroup]:
-        return [group for group in self.groups if group.prunable and group.width > floor]
+        return [group for group in self.groups if group.prunable and group.width > group.least(floor)]
 
     def open_costs(self, groups: Sequence[ChannelGroup]) -> list[CostTerm]:
         """Shares of the full network's cost (half FLOPs, half parameters) as functions of the widths of `groups`."""
@@ -150,35 +159,39 @@ def plan(
     worth = price * flops(costs, network.widths) ** (1 + policy.concavity)  # of all that the groups still cost
     stop = min(worth / 100, budget / (20 if priced else 500))  # finer differences would not change what is bought
     steepest = policy.steepest if priced else math.inf
-    floors = {group.name: max(policy.floor, math.ceil(group.width / steepest)) for group in groups}
+    floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
     steps = {group.name: _step(group, policy.multiple) for group in groups}
-    blocks = {group.name: group.blocks for group in groups}
+    named = {group.name: group for group in groups}
     ranks, device = network.ranks, next(network.model.parameters()).device
 
     def search(name: str) -> tuple[Selection, Float64[Tensor, " k+1"] | None]:
-        m = moments[name]
-        found = select_blocks(
-            m.second, m.mean, m.metric, blocks[name], stop=stop, floor=floors[name], multiple=steps[name]
-        )
+        m, group, limits = moments[name], named[name], {"stop": stop, "floor": floors[name], "multiple": steps[name]}
+        if group.entries > 1:
+            found = select_whole(m.second, m.mean, m.metric, group.entries, **limits)
+        else:
+            found = select_blocks(m.second, m.mean, m.metric, group.blocks, **limits)
         if priced:
             return found, None
-        return found, first_order_curve(m.second, m.mean, m.cross, m.slope, found.order, blocks[name])
+        order = group.entries_of(found.order)
+        sudden = first_order_curve(m.second, m.mean, m.cross, m.slope, order, group.blocks)
+        return found, sudden[:: group.entries]
 
     def refit(name: str) -> tuple[Int64[Tensor, " k"], tuple[Fold, ...], float, float, float]:
-        m, keep = moments[name], searches[name][0].order[: widths[name]].sort().values
-        regression = fold_blocks(m.second, m.mean, keep, blocks[name])
+        m, group, chosen = moments[name], named[name], searches[name][0].order[: widths[name]].sort().values
+        keep = group.entries_of(chosen)
+        regression = fold_blocks(m.second, m.mean, keep, group.blocks)
         rest = unexplained(m.second, m.mean, keep, regression)
-        own = tuple(fold_blocks(*reader, keep, blocks[name]) for reader in m.readers)
+        own = tuple(fold_blocks(*reader, keep, group.blocks) for reader in m.readers)
         lost = others(keep, len(m.second))
         share = float((m.energy[lost][:, lost] * rest).sum() / torch.dot(m.energy.flatten(), m.second.flatten()))
         sources = m.sources or ((0, m.cross, m.slope),)
         sudden = math.fsum(first_order(cross, slope, keep, (own or (regression,))[i]) for i, cross, slope in sources)
         lasting = 0.5 * max(0.0, float((m.undamped[lost][:, lost] * rest).sum()))
-        return keep, (regression, *own), share, sudden, lasting
+        return chosen, (regression, *own), share, sudden, lasting
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
     curves = {
-        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g.width, moments[g.name].samples)
+        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g, moments[g.name].samples)
         for g in groups
     }
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
@@ -196,7 +209,7 @@ def plan(
         if scale is not None:
             folds = tuple(Fold(each.coeffs / scale, each.shift) for each in folds)
         width = widths[group.name]
-        lasting *= float(overfit(group.width, moments[group.name].samples)[width])
+        lasting *= float(overfit(group, moments[group.name].samples)[width])
         plans.append(
             FoldPlan(
                 group.name, keep, folds, scale, scaled, lasting + sudden, first_order=sudden,
@@ -223,7 +236,7 @@ def _without_noise(plans: Sequence[FoldPlan], noise: float) -> list[FoldPlan]:
 def _step(group: ChannelGroup, multiple: int) -> int:
     """Widths go in steps of the hardware's multiple, in each block if its blocks are wide enough."""
     if group.blocks == 1:
-        return multiple
+        return max(1, multiple // group.entries)
     return group.blocks * (multiple if group.width // group.blocks > 2 * multiple else 1)
 
 
@@ -238,9 +251,9 @@ def _with_first_order(
     return curve + sudden.flip(0).cummax(0).values.flip(0).to(curve.device)
 
 
-def overfit(width: int, samples: int) -> Float64[Tensor, " n+1"]:
+def overfit(group: ChannelGroup, samples: int) -> Float64[Tensor, " n+1"]:
     """How much more a regression on 0 ... n survivors leaves unexplained on new data (generalised cross-validation)."""
-    used = torch.arange(width + 1, dtype=torch.float64) / max(samples, 1)
+    used = torch.arange(group.width + 1, dtype=torch.float64) * group.entries / max(samples, 1)
     return (1 - used.clamp(max=0.9)) ** -2
 
 

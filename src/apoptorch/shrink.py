@@ -13,11 +13,11 @@ from . import checks
 from .batches import Batch, LossFn, split
 from .bounds import may_flip
 from .closed_form import Outcome, fold_chain_
+from .discovery import discovered
 from .evaluation import evaluate
-from .graph import trace, trace_chain
+from .graph import trace_chain
 from .plan import Event, GroupChange
 from .policy import POLICIES
-from .rehearsal import rehearsed
 from .removal import Network, remove_
 from .surgery import Surgery
 
@@ -71,8 +71,7 @@ def shrink(
 
 
 def _network(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network:
-    groups, costs = trace(model, args, kwargs)
-    return Network(model, (), (), rehearsed(model, groups, args, kwargs), costs)
+    return Network(model, (), (), *discovered(model, args, kwargs))
 
 
 def _from_weights(

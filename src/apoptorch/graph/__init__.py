@@ -1,5 +1,6 @@
 """Model -> channel groups: torch.export captures, `tracer` walks, `rules` knows the ops."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -9,9 +10,10 @@ from . import rules as rules  # registers the rules
 from .capture import capture, preserved
 from .chain import Link, chain
 from .groups import assemble
+from .heads import with_whole_heads
 from .tracer import Tracer, attribute
 
-__all__ = ["Link", "assemble", "attribute", "preserved", "trace", "trace_chain", "traced"]
+__all__ = ["Link", "Tracer", "assemble", "attribute", "preserved", "trace", "trace_chain", "traced", "with_whole_heads"]
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[ChannelGroup], list[CostTerm]]:
@@ -23,13 +25,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return assemble(traced(model, args, kwargs))
 
 
-def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tracer:
-    """The tracer that has walked the model's graph.
+def traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Collection[str] = ()
+) -> Tracer:
+    """The tracer that has walked the model's graph; of the tensors `heads`, whole heads are channels.
 
     Raises:
         ExportError: torch.export can't capture the model.
     """
-    return Tracer(model, capture(model, args, kwargs)).run()
+    tracer = Tracer(model, capture(model, args, kwargs)).run()
+    return with_whole_heads(tracer, heads) if heads else tracer
 
 
 def trace_chain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Link] | str:

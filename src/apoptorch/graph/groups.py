@@ -67,6 +67,7 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
             slots[index][record.role].append(item)
     _collect_reasons(parts, reasons, holds)
     general = {index for labels in tracer.general for index in parts.present(labels)}
+    heads = {index for labels in tracer.whole for index in parts.present(labels)}
     lines: list[set[str]] = [set() for _ in range(count)]
     for labels, code in tracer.passes.values():
         for index in parts.present(labels):
@@ -75,7 +76,7 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
     for labels, weight in tracer.makers:
         for index in parts.present(labels):
             weights[index].add(weight)
-    names = _names(parts, holds)
+    names = _names(parts, holds, heads)
     made: dict[int, ChannelGroup] = {}
     for index in range(count):
         own, width = slots[index], int(parts.size[index])
@@ -86,13 +87,26 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
         if not own["consumer"]:
             reasons[index]["no layer reads its channels"] = None
         neuron = "general" if index in general else _neuron(holds[index], own["producer"], weights[index])
+        entries = _entries(own["consumer"], width, blocks[index], reasons[index]) if index in heads else 1
         made[index] = ChannelGroup(
             names[index], width, width, neuron, tuple(own["producer"]), tuple(own["passthrough"]),
             tuple(own["consumer"]), any(r.max_pooled for r in holds[index] if r.role == "consumer"),
-            not reasons[index], _told(list(reasons[index])), blocks[index],
+            not reasons[index], _told(list(reasons[index])), blocks[index], entries,
             lines=tuple(sorted(lines[index] - {""})),
         )  # fmt: skip
     return list(made.values()), _costs(parts, {index: group.name for index, group in made.items()})
+
+
+def _entries(consumers: list[Consumer], width: int, blocks: int, reasons: dict[str, None]) -> int:
+    """How many numbers of one head its consumers read; 1 if it can't go."""
+    found = {consumer.weight.inner for consumer in consumers}
+    if width == 1:
+        reasons["it is a single head"] = None
+    if blocks > 1:
+        reasons["its heads lie in several parts, each of which needs as many"] = None
+    if len(found) > 1:
+        reasons["its heads are read in several sizes"] = None
+    return found.pop() if len(found) == 1 and not reasons else 1
 
 
 def _told(reasons: list[str], most: int = 4) -> str | None:
@@ -106,6 +120,8 @@ def _blocks(parts: _Assembly, reasons: list[dict[str, None]]) -> tuple[list[int]
     block = torch.zeros(parts.count, dtype=torch.int64)
     for labels, where in parts.tracer.rows:
         channels = parts.of(labels)
+        if labels.shape[1] > 1 and bool((channels == channels[:, :1]).all()):
+            continue  # every row is one channel: they go row by row
         groups = torch.where(channels >= 0, parts.group_of[channels.clamp(min=0)], -1).sort(1).values
         if not bool((groups == groups[:1]).all()):
             for index in parts.present(labels):
@@ -184,12 +200,14 @@ def _neuron(records: list[Record], producers: list[Slot], weights: set[str]) -> 
     )
 
 
-def _names(parts: _Assembly, holds: list[list[Record]]) -> list[str]:
-    """The module that makes a group's channels, or the tensor where that is not unique."""
+def _names(parts: _Assembly, holds: list[list[Record]], heads: set[int]) -> list[str]:
+    """The module that makes a group's channels, or the tensor where that is not unique; that which has heads."""
     names, tensors = [""] * len(holds), [""] * len(holds)
     for label, name in parts.tracer.names.items():
         index = int(parts.group_of[parts.channel_of[label]])
         names[index] = names[index] or name
+    for index in heads:
+        names[index] = _common([r.tensor for r in holds[index] if r.role == "producer"])
     for index, records in enumerate(holds):
         makers = (
             [r for r in records if r.role == "producer"] or [r for r in records if r.role == "passthrough"] or records
@@ -197,6 +215,13 @@ def _names(parts: _Assembly, holds: list[list[Record]]) -> list[str]:
         tensors[index] = attribute(makers[0].tensor)
     taken = [*names, ""]
     return _distinct([n if taken.count(n) == 1 else t for n, t in zip(names, tensors, strict=True)])
+
+
+def _common(tensors: list[str]) -> str:
+    """The heads of the innermost module that holds these tensors."""
+    paths = [tensor.split(".")[:-1] for tensor in tensors]
+    same = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    return ".".join([*same, "heads"]) if tensors else ""
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ import itertools
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .labels import Array, Channels, Field, along, compact, line
 
 Rule = Callable[["Tracer", Node], None]
 Flow = tuple[Field, ...]  # the channels of one activation
+Key = tuple[str, int, tuple[int, int] | None]  # tensor, dimension, split
 RULES: dict[str, Rule] = {}
 _TORCH = os.path.dirname(torch.__file__)
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "floor_divide", "true_divide", "full", "scalar_tensor")
@@ -92,13 +93,18 @@ def attribute(name: str) -> str:
 class Tracer:
     """Walks the graph once; each op's rule reads the flows of its inputs and writes that of its output."""
 
-    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram):
+    def __init__(
+        self, model: nn.Module, program: torch.export.ExportedProgram, merged: Mapping[Key, Array] | None = None
+    ):
         self.model = model
         self.program = program
+        self.merged = merged or {}  # for each position of a dimension, the number of its channel there
+        self.whole: list[Array] = []  # channels that were made by merging
+        self.heads: list[Array] = []  # labels [heads, entries] that are multiplied in pairs, head by head
         self.channels = Channels()
         self.flows: dict[Node, Flow | list[Flow]] = {}
         self.tensors: dict[Node, str] = {}  # node -> parameter or buffer, by its first name
-        self.records: dict[tuple[str, int, tuple[int, int] | None], Record] = {}
+        self.records: dict[Key, Record] = {}
         self.names: dict[int, str] = {}  # first label made by a layer -> module
         self.makers: list[tuple[Array, str]] = []  # channels and a weight that makes them
         self.pins: list[tuple[Array, str]] = []
@@ -292,7 +298,7 @@ class Tracer:
         self.claimed.add(attribute(tensor))
         known = self.records.get((tensor, dim, split))
         if known is None:
-            labels = self.channels.new(labels) if isinstance(labels, int) else labels.flatten()
+            labels = self.made((tensor, dim, split), labels) if isinstance(labels, int) else labels.flatten()
             known = self.records[tensor, dim, split] = Record(tensor, dim, split, labels)
         elif not isinstance(labels, int):
             if known.labels.numel() != labels.numel():
@@ -305,6 +311,16 @@ class Tracer:
                 self.pin(known.labels, f"{tensor} both makes and reads these channels ({shared})")
             known.role = role
         return known.labels
+
+    def made(self, key: Key, count: int) -> Array:
+        """New labels for a dimension; the same ones for positions that are known to be one channel."""
+        channel = self.merged.get(key)
+        if channel is None or len(channel) != count:
+            return self.channels.new(count)
+        sizes = torch.bincount(channel)
+        labels = self.channels.new(len(sizes))
+        self.whole.append(labels[sizes > 1])
+        return labels[channel]
 
     def produce(self, width: int, slots: Sequence[tuple[str, int]], node: Node) -> Array:
         """The channels made by these rows (tensor, dim): new ones, or those that own them already (a shared module)."""

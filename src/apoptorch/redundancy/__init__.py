@@ -1,7 +1,7 @@
 """Which channels are redundant, and what replaces them: from activations (`moments`) or from weights. Pure."""
 
 from .blocks import fold_blocks, select_blocks
-from .moments import Selection, first_order, first_order_curve, fold, others, select, unexplained
+from .moments import Selection, first_order, first_order_curve, fold, others, select, select_whole, unexplained
 from .weights import WeightFold, WeightSearch, fold_from_weights, search_weights
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "search_weights",
     "select",
     "select_blocks",
+    "select_whole",
     "unexplained",
 ]

@@ -86,6 +86,44 @@ def select(
     return _trim(torch.cat(order), torch.cat(gains), left, n, stop=stop, floor=floor, multiple=multiple)
 
 
+def select_whole(
+    second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, metric: Float[Tensor, "n n"], entries: int, *,
+    stop: float, floor: int = 1, multiple: int = 1,
+) -> Selection:  # fmt: skip
+    """`select` of whole channels of m = `entries` entries each; the selection counts channels.
+
+    Each pivot is the channel c with the largest remaining tr(metric_cc S_cc); all its entries are eliminated at once.
+    """
+    check_finite(second=second, mean=mean, metric=metric)
+    count, noise = len(second) // entries, _rounding(second)
+    residual, metric = _centred(second, mean), metric.double()
+    order, gains = list[int](), list[Tensor]()
+    left = 0.5 * (metric * residual).sum().clamp(min=0)
+    while len(order) < count and (left > stop or len(order) < floor):
+        score = _diagonal_products(metric, residual, entries).index_fill(0, torch.tensor(order, dtype=torch.int64), 0.0)
+        value, best = score.max(0)
+        if value <= 0:
+            break
+        own = torch.zeros(len(second), dtype=torch.float64, device=second.device)
+        own[int(best) * entries : (int(best) + 1) * entries] = 1.0
+        rows, pivots = _pivot_block(residual, own, noise, entries)
+        residual.addmm_(rows.T, rows, alpha=-1.0)
+        _clear(residual, (residual.diagonal() <= noise).index_fill(0, pivots, True))
+        order.append(int(best))
+        gains.append(0.5 * ((rows @ metric) * rows).sum().clamp(min=0))
+        left = 0.5 * (metric * residual).sum().clamp(min=0)
+    chosen = torch.tensor(order, dtype=torch.int64, device=second.device)
+    gained = torch.stack(gains) if gains else residual.new_zeros(0)
+    return _trim(chosen, gained, left, count, stop=stop, floor=floor, multiple=multiple)
+
+
+def _diagonal_products(a: Float[Tensor, "n n"], b: Float[Tensor, "n n"], entries: int) -> Float[Tensor, " blocks"]:
+    """tr(a_cc b_cc) of every block c on the diagonal of two symmetric matrices."""
+    shape = (len(a) // entries, entries) * 2
+    own_a, own_b = (x.view(shape).diagonal(dim1=0, dim2=2) for x in (a, b))
+    return (own_a * own_b).sum((0, 1)).clamp(min=0)
+
+
 def _pivot_block(
     residual: Float64[Tensor, "m m"],
     weight: Float64[Tensor, " m"],

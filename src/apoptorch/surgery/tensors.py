@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.optim import LBFGS, Optimizer
 
+from apoptorch.multihead import is_narrow
 from apoptorch.plan import Fold, Slot
 from apoptorch.surgery.places import Cut
 
@@ -205,6 +206,10 @@ def _recurrent_attributes(rnn: Any) -> dict[str, Any]:
     return {"hidden_size": rnn.weight_hh_l0.shape[0] // gates, "input_size": rnn.weight_ih_l0.shape[1]}
 
 
+def _attention_attributes(attention: Any) -> dict[str, Any]:
+    return {"num_heads": attention.out_proj.weight.shape[1] // attention.head_dim} if is_narrow(attention) else {}
+
+
 def _by_weight(*names: str) -> Callable[[Any], dict[str, Any]]:
     """Attributes named in the order of the weight's dimensions."""
     return lambda module: dict(zip(names, _weight_shape(module), strict=True))
@@ -217,5 +222,6 @@ _ATTRIBUTES: list[tuple[type, Callable[[Any], dict[str, Any]]]] = [
     (_ConvNd, _conv_attributes),
     (_NormBase, _norm_attributes),
     (nn.RNNBase, _recurrent_attributes),
+    (nn.MultiheadAttention, _attention_attributes),
     (nn.Embedding, lambda module: dict(zip(("num_embeddings", "embedding_dim"), module.weight.shape, strict=True))),
 ]

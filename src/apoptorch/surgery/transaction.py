@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from apoptorch.distributed import ALONE, Ranks
 from apoptorch.errors import SurgeryError
+from apoptorch.multihead import NarrowMultiheadAttention, is_narrow
 from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
 from apoptorch.sharding import is_sharded, shared_as
 from apoptorch.surgery.places import cut_of, effective_slot, sizes_of, without
@@ -206,15 +207,16 @@ class Surgery:
         """What keeps `group` from being narrowed in `network`, optimizer state included."""
         tensors, cuts = named_tensors(network), dict[tuple[int, int], tuple[int, Fold | None]]()
         for slot, bias, fold in _cuts(group, plan):
+            width = group.width * (1 if fold is None else group.entries)
             target = target_of(network, tensors, slot.tensor)
             if target is None or (bias is not None and bias not in tensors):
                 name = slot.tensor if target is None else bias
                 rule = "be a parameter, a buffer or a parametrized attribute with right_inverse"
                 yield f"`{name}` must {rule}, got nothing by that name. Find the channel groups again."
                 continue
-            shape, last = tuple(effective(target).shape), int(slot.index(group.width).max())
+            shape, last = tuple(effective(target).shape), int(slot.index(width).max())
             if slot.dim >= len(shape) or last >= shape[slot.dim] * (slot.split[1] if slot.split else 1):
-                rule = f"have {group.width} x {slot.inner} entries in dimension {slot.dim}"
+                rule = f"have {width} x {slot.inner} entries in dimension {slot.dim}"
                 yield f"`{slot.tensor}` must {rule}, got shape {shape}. Find the channel groups again."
             inner, first = cuts.setdefault((id(target), slot.dim), (slot.inner, fold))
             if inner != slot.inner or first is not fold:
@@ -251,6 +253,7 @@ class Surgery:
     ) -> None:
         """Fold what isn't `done`: tied tensors, also those that a follower shares, are cut once a dimension."""
         tensors, touched = named_tensors(network), set[int]()
+        read, kept = group.by_entry(), group.entries_of(plan.keep)
         for slot, bias, fold in _cuts(group, plan):  # consumers first: a fold's constant reads full rows
             target = target_of(network, tensors, slot.tensor)
             if target is None:
@@ -260,11 +263,12 @@ class Surgery:
                 continue
             done.add((id(target), slot.dim))
             weight = effective(target)
-            how = cut_of(slot, group, plan.keep, slot.opened(weight).shape[slot.dim])
+            owner, keep = (group, plan.keep) if fold is None else (read, kept)
+            how = cut_of(slot, owner, keep, slot.opened(weight).shape[slot.dim])
             if bias is not None and fold is not None and fold.shift is not None:
                 b = tensors[bias]
                 self._replace_(b, (wide(b) + constant_of(weight, slot, how, fold.shift)).to(b.dtype), b.grad)
-            new = cut(weight, slot, how.source) if fold is None else folded(weight, slot, how, plan.keep, fold)
+            new = cut(weight, slot, how.source) if fold is None else folded(weight, slot, how, keep, fold)
             if plan.scale is not None and slot.tensor in plan.scaled:
                 new = scaled(new, slot, how, plan.scale)
             for original, data in zip(originals(target), right_inverse(target, new), strict=True):
@@ -302,6 +306,11 @@ class Surgery:
                 for name, value in attributes(module).items():
                     if getattr(module, name) != value:
                         self._set_attribute_(module, name, value)
+                if is_narrow(module) and type(module) is nn.MultiheadAttention:
+                    self._set_attribute_(module, "__class__", NarrowMultiheadAttention)
+        for encoder in (module for module in network.modules() if isinstance(module, nn.TransformerEncoder)):
+            if encoder.use_nested_tensor and any(is_narrow(module) for module in encoder.modules()):
+                self._set_attribute_(encoder, "use_nested_tensor", False)
 
     def _resize_(self, network: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> None:
         for path, values in sizes.items():
@@ -409,8 +418,9 @@ def _size_problems(network: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -
 
 
 def _cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
-    """Every slot of the group; a consumer's with its bias and fold, all others (None, None) are selected."""
-    folded = [(effective_slot(c.weight), c.bias, f) for c, f in zip(group.consumers, plan.folds, strict=True)]
+    """Every slot of the group; a consumer's, by entry, with its bias and fold; all others are selected."""
+    consumers = group.by_entry().consumers
+    folded = [(effective_slot(c.weight), c.bias, f) for c, f in zip(consumers, plan.folds, strict=True)]
     return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]
 
 
@@ -425,6 +435,7 @@ def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
         problems.append(f"`plan.keep` must be sorted distinct indices below {n}, got {plan.keep} ({group.name}).")
     if len(plan.folds) != len(group.consumers):
         problems.append(f"`plan.folds` must be one a consumer ({len(group.consumers)}), got {len(plan.folds)}.")
+    n, k = n * group.entries, k * group.entries
     for consumer, fold in zip(group.consumers, plan.folds, strict=False):
         shift = torch.zeros(n) if fold.shift is None else fold.shift
         where = f"({group.name} -> {consumer.weight.tensor}, {n} -> {k} channels)"

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ..labels import Field, along
+from ..labels import Field, along, line
 from ..tracer import Flow, Tracer, argument, arguments, op_name, rule, shape
+from .elementwise import meet
 
 Letters = list[str]
 Pair = tuple[Node, Node]
@@ -97,6 +98,9 @@ def _contract(
     labelled = [*left, *right]
     if all(parameters) or not any(parameters) or not left or not right:
         pair = left and right and not any(parameters)
+        if pair:
+            note_heads(tracer, left, i)
+            note_heads(tracer, right, j)
         what = "multiplies pairs of them (queries and keys)" if pair else "reads them with a tensor that is computed"
         tracer.pin_flow(labelled, f"{tracer.where(node)} {what}")
         return
@@ -104,6 +108,14 @@ def _contract(
     read = tracer.read(reader[0], reader[1], node)
     if read is not None:
         tracer.consume(tracer.tensors[weight], dim, read, None)
+
+
+def note_heads(tracer: Tracer, flow: Sequence[Field], dim: int) -> None:
+    """What lies along `dim` is multiplied in pairs: it can go head by head, where there are several."""
+    for each in flow:
+        rows = line(each.labels, dim)
+        if len(torch.unique(rows[:, 0])) > 1 and bool((rows >= 0).all()):
+            tracer.heads.append(rows)
 
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
@@ -167,22 +179,52 @@ def einsum(tracer: Tracer, node: Node) -> None:
 
 @rule("scaled_dot_product_attention")
 def attention(tracer: Tracer, node: Node) -> None:
-    """Value channels pass, head by head; each query head's share of the value heads, if these are fewer."""
+    """Value channels pass, head by head; whole heads do where queries, keys and values have them.
+
+    Of fewer value (or key) heads, each one's share goes to several query heads.
+    """
     query, key, value = arguments(node)[:3]
-    mask = argument(node, 3, "attn_mask")
-    ndim = len(shape(node))
-    pairs = [each for used in (query, key, mask) if isinstance(used, Node) for each in tracer.flow(used)]
-    tracer.pin_flow(pairs, f"{tracer.where(node)} multiplies pairs of them (queries and keys)")
+    mask, ndim = argument(node, 3, "attn_mask"), len(shape(node))
+    operands = [used for used in (query, key, mask) if isinstance(used, Node)]
+    whole = all(any(_of_heads(each, ndim) for each in tracer.flow(used)) for used in (query, key))
     fields = []
+    for used in operands:
+        for each in tracer.flow(used):
+            if whole and _of_heads(each, ndim):
+                fields.append(_for_queries(each, node))
+                continue
+            if used is not mask and each.dims[-1:] == (ndim - 1,):
+                note_heads(tracer, [each], ndim - 1)
+            tracer.pin(each.labels, f"{tracer.where(node)} multiplies pairs of them (queries and keys)")
     for each in tracer.flow(value):
-        if each.dims[-1:] != (ndim - 1,):
+        if each.dims[-1:] == (ndim - 1,):
+            labels = each.labels
+            if whole:
+                tracer.unite(labels[..., :1], labels, f"{tracer.where(node)} joins unlike channels")
+                labels = labels[..., :1]
+            fields.append(_for_queries(replace(each, labels=labels), node))
+        elif whole and _of_heads(each, ndim):
+            fields.append(_for_queries(each, node))
+        else:
             tracer.pin(each.labels, f"{tracer.where(node)} sums over them")
-            continue
-        labels, heads = each.labels, shape(node)[-3] if ndim > 2 else 1
-        if labels.ndim > 2 and labels.shape[-3] not in (1, heads):  # grouped queries
-            labels = labels.repeat_interleave(heads // labels.shape[-3], -3)
-        fields.append(replace(each, labels=labels, neuron="general"))
-    tracer.emit(node, fields)
+    joined = tracer.join(node, fields)
+    for each in joined if whole else ():
+        for used in (*operands, value):
+            meet(tracer, node, used, each)
+    tracer.emit(node, joined)
+
+
+def _of_heads(field: Field, ndim: int) -> bool:
+    """Does it lie along the heads, and neither along positions nor along entries?"""
+    return ndim > 2 and field.dims == (field.labels.ndim - 3,)
+
+
+def _for_queries(field: Field, node: Node) -> Field:
+    """The field at the dimensions of the output, one entry for each query head."""
+    labels, heads = field.labels[(None,) * (len(shape(node)) - field.labels.ndim)], shape(node)[-3:][0]
+    if labels.ndim > 2 and labels.shape[-3] not in (1, heads):
+        labels = labels.repeat_interleave(heads // labels.shape[-3], -3)
+    return replace(field, labels=labels, neuron="general")
 
 
 @rule("glu")
