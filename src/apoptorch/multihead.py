@@ -1,4 +1,4 @@
-"""Multi-head attention step by step, for any number of heads: torch's own takes a head's size from the model's width."""
+"""Multi-head attention step by step, for any number of heads: torch itself takes a head's size from embed_dim."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -133,9 +133,7 @@ class ChannelGroup:
 
     def by_entry(self) -> "ChannelGroup":
         """The group as its consumers read it: every entry is a channel."""
-        consumers = (
-            replace(c, weight=replace(c.weight, inner=c.weight.inner // self.entries)) for c in self.consumers
-        )
+        consumers = (replace(c, weight=replace(c.weight, inner=c.weight.inner // self.entries)) for c in self.consumers)
         return replace(self, width=self.width * self.entries, consumers=tuple(consumers), entries=1)
 
     def entries_of(self, channels: Int64[Tensor, " k"]) -> Int64[Tensor, " e"]:

@@ -8,7 +8,7 @@ is an integer attribute of a module (`self.hidden = 64`), that may follow the gr
 import logging
 import os
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
@@ -83,7 +83,8 @@ class _Rehearsal:
 
     def resolved(self, group: ChannelGroup, reason: str) -> ChannelGroup:
         error = None if group.sizes else self.failure_of(group)
-        sized = None if error is None else self.sized(group, error)
+        silent = error is None and group.entries > 1 and not group.sizes  # fewer heads, cut into as many as before
+        sized = self.sized(group, error) if error is not None or silent else None
         return sized or replace(group, prunable=False, reason=reason, sizes=())
 
     def failure_of(self, group: ChannelGroup) -> Exception | None:
@@ -95,19 +96,34 @@ class _Rehearsal:
             finally:
                 surgery.undo_()
 
-    def sized(self, group: ChannelGroup, error: Exception) -> ChannelGroup | None:
-        """The group with the fewest attributes that must follow it for forward() to run; None if none help."""
+    def follows(self, group: ChannelGroup) -> bool:
+        """Has the model the same group, narrowed, once this group alone is?"""
+        with Surgery(self.model) as surgery:
+            try:
+                narrowed = surgery.fold_all_(self.groups_with(group), [_without_last(group)])
+                failed = _failure(self.model, self.args, self.kwargs) is not None
+                return not failed and not self.unlike(narrowed, [group.name])[0]
+            finally:
+                surgery.undo_()
+
+    def groups_with(self, group: ChannelGroup) -> list[ChannelGroup]:
+        return [group if other.name == group.name else other for other in self.groups]
+
+    def sized(self, group: ChannelGroup, error: Exception | None) -> ChannelGroup | None:
+        """The group with the fewest attributes that must follow it, None if none help: for forward() to run or, without
+        an error, for it to cut the group as before."""
         modules = {module: path for path, module in self.model.named_modules()}
         taken = {(size.module, size.name) for other in self.groups for size in other.sizes}
-        candidates = [c for c in _candidates(group, error, modules) if (c.module, c.name) not in taken]
-        for count in range(1, min(len(candidates), _CANDIDATES) + 1):
+        owners = _holders(group, self.model) if error is None else _failing(error, modules)
+        candidates = [c for c in _candidates(group, owners, modules) if (c.module, c.name) not in taken]
+        for count in range(1, min(len(candidates), _CANDIDATES if error is not None else 1) + 1):
             for chosen in combinations(candidates[:_CANDIDATES], count):
                 types = [(type(self.model.get_submodule(size.module)), size.name) for size in chosen]
                 key = (group.lines, *types)
                 if key in self.vain:
                     continue
                 sized = replace(group, sizes=chosen)
-                if self.failure_of(sized) is None:
+                if self.follows(sized) if error is None else self.failure_of(sized) is None:
                     return sized
                 self.vain.add(key)
         return None
@@ -138,7 +154,9 @@ class _Rehearsal:
             return dict.fromkeys(names, text), []
         found = {places_of(group) for group in assemble(tracer)[0]}
         reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
-        reasons = {g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and places_of(g) not in found}
+        reasons = {
+            g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and places_of(g) not in found
+        }
         return reasons, tracer.numbers()
 
 
@@ -158,15 +176,30 @@ def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return None
 
 
-def _candidates(group: ChannelGroup, error: Exception, modules: dict[nn.Module, str]) -> Iterator[SizeAttribute]:
-    """Integer attributes, of the modules in which forward() fails, that are the group's width or that of a block."""
+def _failing(error: Exception, modules: dict[nn.Module, str]) -> Iterable[nn.Module]:
+    """The modules in which forward() fails, innermost first."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     owners = [frame.f_locals.get("self") for frame in reversed(frames)]
-    failing = dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module) and owner in modules)
-    factors = {1: (1, 1)} | {slot.inner: (slot.inner, 1) for slot in (*group.producers, *group.passthrough)}
-    known = {group.width * times: (times, over) for times, over in factors.values()}
+    return dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module) and owner in modules)
+
+
+def _holders(group: ChannelGroup, model: nn.Module) -> Iterable[nn.Module]:
+    """The modules that hold a tensor of the group, innermost first."""
+    names = [slot.tensor.rpartition(".")[0].split(".") for slot in group.producers]
+    paths = {".".join(name[:length]) for name in names for length in range(len(name) + 1)}
+    return [model.get_submodule(path) for path in sorted(paths, key=lambda path: (-path.count("."), path == "", path))]
+
+
+def _candidates(
+    group: ChannelGroup, owners: Iterable[nn.Module], modules: dict[nn.Module, str]
+) -> Iterator[SizeAttribute]:
+    """Integer attributes of these modules that are the group's width, that of a block, or count its entries."""
+    slots = [*group.producers, *group.passthrough]
+    inner = {slot.inner for slot in (*slots, *(consumer.weight for consumer in group.consumers))}
+    ratios = {a // b for a in inner for b in inner if a % b == 0}
+    known = {group.width * times: (times, 1) for times in sorted({1} | inner | ratios, reverse=True)}
     known |= {group.width // group.blocks: (1, group.blocks)} if group.blocks > 1 else {}
-    for module in failing:
+    for module in owners:
         derived = attributes(module)
         for name, value in vars(module).items():
             if type(value) is int and value in known and name not in derived and not name.startswith("_"):

@@ -191,8 +191,7 @@ def plan(
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
     curves = {
-        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g, moments[g.name].samples)
-        for g in groups
+        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g, moments[g.name].samples) for g in groups
     }
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
     widths = spend(

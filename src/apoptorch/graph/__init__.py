@@ -25,9 +25,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     return assemble(traced(model, args, kwargs))
 
 
-def traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Collection[str] = ()
-) -> Tracer:
+def traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], heads: Collection[str] = ()) -> Tracer:
     """The tracer that has walked the model's graph; of the tensors `heads`, whole heads are channels.
 
     Raises:
