@@ -12,7 +12,7 @@ from apoptorch import load, save
 from apoptorch.discovery import discovered
 from apoptorch.multihead import NarrowMultiheadAttention, multi_head_attention
 from apoptorch.plan import Fold, FoldPlan
-from apoptorch.redundancy import fold, select_whole, unexplained
+from apoptorch.redundancy import fold, others, select_whole, unexplained
 from apoptorch.surgery import Surgery
 from benchmarks.zoo.families import GPT
 
@@ -127,6 +127,7 @@ def test_whole_channels_are_chosen_greedily_and_their_error_is_what_the_fold_lea
     assert len({1, 3} & set(found.order[:4].tolist())) == 1
     for kept in range(1, count):
         keep = (found.order[:kept, None] * entries + torch.arange(entries)).flatten().sort().values
-        rest = unexplained(second, None, keep, fold(second, None, keep))
-        assert float(found.error[kept]) == pytest.approx(0.5 * float((metric * rest).sum()), abs=1e-7)
+        rest, lost = unexplained(second, None, keep, fold(second, None, keep)), others(keep, len(second))
+        left = 0.5 * float((metric[lost][:, lost] * rest).sum())
+        assert float(found.error[kept]) == pytest.approx(left, abs=1e-7)
     assert float(found.error[4]) == pytest.approx(0.0, abs=1e-7)

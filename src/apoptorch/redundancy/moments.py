@@ -100,7 +100,8 @@ def select_whole(
     order, gains = list[int](), list[Tensor]()
     left = 0.5 * (metric * residual).sum().clamp(min=0)
     while len(order) < count and (left > stop or len(order) < floor):
-        score = _diagonal_products(metric, residual, entries).index_fill(0, torch.tensor(order, dtype=torch.int64), 0.0)
+        score = _diagonal_products(metric, residual, entries)
+        score[order] = 0.0
         value, best = score.max(0)
         if value <= 0:
             break
