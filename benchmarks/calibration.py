@@ -21,9 +21,10 @@ from torch.optim import AdamW, Optimizer
 from apoptorch.batches import Batch, LossFn
 from apoptorch.evaluation import Evaluation, evaluate
 from apoptorch.graph import trace
+from apoptorch.network import Network
 from apoptorch.plan import Event
 from apoptorch.policy import POLICIES
-from apoptorch.removal import Network, judge, remove_
+from apoptorch.removal import judge, remove_
 from benchmarks.core import RESULTS as CORE
 from benchmarks.core import conditions
 

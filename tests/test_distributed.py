@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from apoptorch import Apoptosis, ArgumentError, Policy, load, removal, save
+from apoptorch import Apoptosis, ArgumentError, Policy, load, planning, removal, save
 from apoptorch.batches import Batch
 from apoptorch.distributed import Ranks, fingerprint
 from apoptorch.errors import AbandonedError, RanksError
@@ -176,7 +176,7 @@ def failing(rank, world, fault, parallel=DistributedDataParallel):
         policy=POLICY,
     )
     if rank == 1 and fault == "out of memory":
-        fail_once(removal, "select_blocks", torch.OutOfMemoryError("tried to allocate 80 GiB"))
+        fail_once(planning, "select_blocks", torch.OutOfMemoryError("tried to allocate 80 GiB"))
     if rank == 1 and fault in SURGERY:
         fail_once(removal.Surgery, "fold_", RuntimeError("no room"), SURGERY.index(fault))
     for i in range(13):  # the next event
@@ -257,7 +257,7 @@ def dying(rank, world, folder):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        removal.select_blocks = die
+        planning.select_blocks = die
     model = DistributedDataParallel(mlp())
     apoptosis = Apoptosis(model, example_inputs=X[:4], loss_fn=F.cross_entropy, policy=POLICY)
     save(model, folder, apoptosis)

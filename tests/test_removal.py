@@ -11,11 +11,14 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from apoptorch import Apoptosis, Policy, apoptosis, removal
+from apoptorch import Apoptosis, Policy, apoptosis, network, planning, removal
 from apoptorch.batches import Batch
+from apoptorch.budget import flops
+from apoptorch.calibrate import measure
 from apoptorch.errors import ArgumentError
 from apoptorch.graph import trace
-from apoptorch.plan import Event
+from apoptorch.network import Network
+from apoptorch.plan import Event, FoldPlan
 from apoptorch.policy import POLICIES
 from apoptorch.redundancy import select_blocks
 from apoptorch.surgery import Surgery
@@ -197,12 +200,12 @@ def test_first_order_is_summed_over_what_each_consumer_reads():
     model = TwoReaders().double()
     x, y = data(200, 6).double(), data(200, 3, seed=1).double()
     groups, costs = trace(model, (x,), {})
-    network = removal.Network(model, (), (), groups, costs)
+    network = Network(model, (), (), groups, costs)
     moments = {
         name: dataclasses.replace(m, noise=0.0)
-        for name, m in removal.measure(model, groups, [Batch((x,), {}, y)], F.mse_loss, 0.0).items()
+        for name, m in measure(model, groups, [Batch((x,), {}, y)], F.mse_loss, 0.0).items()
     }
-    plans, _ = removal.plan(network, network.prunable(1), moments, POLICY, 0.1, math.inf)
+    plans, _ = planning.plan(network, network.prunable(1), moments, POLICY, 0.1, math.inf)
     F.mse_loss(model(x), y).backward()
     expected = 0.0
     (item,), (group,) = plans, [group for group in groups if group.name == plans[0].group]
@@ -221,8 +224,8 @@ def test_first_order_is_summed_over_what_each_consumer_reads():
 def test_first_order_within_its_standard_error_is_not_reported(first, share):
     """Two groups of second-order increase 2 in all and noise 0.08: a standard error of 0.4."""
     keep, parts = torch.arange(2), ((0.25 * first, 0.5), (0.75 * first, 1.5))
-    plans = [removal.FoldPlan("a", keep, (), predicted=f + s, first_order=f, cautious=f + 2 * s) for f, s in parts]
-    found = removal._without_noise(plans, 0.08)
+    plans = [FoldPlan("a", keep, (), predicted=f + s, first_order=f, cautious=f + 2 * s) for f, s in parts]
+    found = planning._without_noise(plans, 0.08)
     for (f, s), item in zip(parts, found, strict=True):
         assert item.first_order == pytest.approx(share * f)
         assert item.predicted == pytest.approx(s + share * f)
@@ -493,15 +496,15 @@ STAGES = {
     "merge": (removal, "merged", 2),
     "evaluate": (removal, "evaluate", 2),
     "measure": (removal, "measure", 1),
-    "select": (removal, "select_blocks", 3),
-    "spend": (removal, "spend", 1),
-    "fold": (removal, "fold_blocks", 3),
-    "unexplained": (removal, "unexplained", 3),
+    "select": (planning, "select_blocks", 3),
+    "spend": (planning, "spend", 1),
+    "fold": (planning, "fold_blocks", 3),
+    "unexplained": (planning, "unexplained", 3),
     "surgery": (Surgery, "fold_", 3),
     "judge": (removal, "judge", 1),
     "certify": (removal, "certify", 1),
     "limit": (removal, "clopper_pearson_upper", 1),
-    "cost": (removal, "flops", 2),
+    "cost": (network, "flops", 2),
 }
 
 
@@ -587,12 +590,12 @@ def test_an_event_keeps_identity_gradients_modes_and_random_state():
 def test_shares_of_cost_sum_to_one_at_full_width():
     model, x, _ = cnn()
     groups, costs = trace(model, (x,), {})
-    network = removal.Network(model, (), (), groups, costs)
+    network = Network(model, (), (), groups, costs)
     full = {group.name: group.width for group in groups}
     for chosen in (groups, groups[:1], groups[1:3], []):
         terms, widths = network.open_costs(chosen), {group.name: full[group.name] for group in chosen}
-        assert removal.flops(terms, widths) == pytest.approx(1.0)
-    assert network.flops() == removal.flops(costs, full)
+        assert flops(terms, widths) == pytest.approx(1.0)
+    assert network.flops() == flops(costs, full)
 
 
 @pytest.mark.parametrize("shrunk", [1, 16])
@@ -603,14 +606,14 @@ def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(shrunk, 
     x = data(2048, 10)
     groups, costs = trace(model, (x,), {})
     groups = [dataclasses.replace(group, full_width=shrunk * group.width) for group in groups]
-    network, policy = removal.Network(model, (), (), groups, costs), Policy(multiple=1, floor=1)
+    network, policy = Network(model, (), (), groups, costs), Policy(multiple=1, floor=1)
     groups = network.prunable(1)
-    moments = removal.measure(model, groups, [Batch((x,), {})], None, 1.0)
+    moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
     prices, found = [10.0**exponent for exponent in range(-4, 3)], []
     for search in (select_blocks, lambda *args, **kwargs: select_blocks(*args, **kwargs | {"stop": 0.0})):
         with monkeypatch.context() as patch:
-            patch.setattr(removal, "select_blocks", search)
-            plans = [removal.plan(network, groups, moments, policy, 1.0, price)[0] for price in prices]
+            patch.setattr(planning, "select_blocks", search)
+            plans = [planning.plan(network, groups, moments, policy, 1.0, price)[0] for price in prices]
             found.append([sum(64 - len(item.keep) for item in each) for each in plans])
     assert found[0] == pytest.approx(found[1], abs=2)
     assert any(0 < gone < 100 for gone in found[1])  # prices that buy something, but not all
@@ -652,8 +655,8 @@ def test_survivors_are_rescaled_only_where_it_changes_nothing(layers, scaled, op
         copy_rows(model[1], range(8), range(24, 32))
     optimizers = (optimizer(model.parameters(), 0.1),)
     groups, costs = trace(model, (x,), {})
-    network = removal.Network(model, optimizers, (), groups, costs)
-    found = removal.pacemakers(network, groups[0])
+    network = Network(model, optimizers, (), groups, costs)
+    found = planning.pacemakers(network, groups[0])
     assert found == (scaled if optimizer is torch.optim.SGD else ())
     before = copy.deepcopy(model).eval()(x)
     policy = Policy(multiple=1, floor=1)

@@ -6,7 +6,7 @@ import torch
 from planted import planted
 from torch import nn
 
-from apoptorch import removal
+from apoptorch import planning
 from apoptorch.discovery import discovered
 from apoptorch.plan import Fold
 from benchmarks.zoo.examine import coverage, halved
@@ -73,7 +73,7 @@ def test_the_check_notices_an_output_that_changes(monkeypatch):
     def selected(second, mean, keep, blocks):
         return Fold(torch.eye(len(second), dtype=second.dtype)[:, keep])
 
-    monkeypatch.setattr(removal, "fold_blocks", selected)
+    monkeypatch.setattr(planning, "fold_blocks", selected)
     torch.manual_seed(0)
     outcome, _ = planted(Hidden().double(), (torch.randn(64, 8, dtype=torch.float64),))
     assert any("undone" in problem for problem in outcome.problems)

@@ -21,9 +21,10 @@ from .distributed import fingerprint, is_compiled, unwrapped, wrapper_problems
 from .errors import AbandonedError, ArgumentError
 from .evaluation import evaluate, pooled
 from .explain import Outlook, explained
+from .network import Network
 from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
-from .removal import Network, abandoned, remove_
+from .removal import abandoned, remove_
 from .sharding import sharding_problems
 from .surgery import Surgery, named_tensors, narrowed, sizes_of
 from .timing import milliseconds, training_seconds

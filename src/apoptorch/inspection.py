@@ -6,8 +6,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import checks
+from .discovery import discovered
+from .network import Network
 from .plan import ChannelGroup
-from .removal import Network
 
 
 def inspected(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from .closed_form import Outcome, fold_chain_
 from .discovery import discovered
 from .evaluation import evaluate
 from .graph import trace_chain
+from .network import Network
 from .plan import Event, GroupChange
 from .policy import POLICIES
-from .removal import Network, remove_
+from .removal import remove_
 from .surgery import Surgery
 
 

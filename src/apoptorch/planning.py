@@ -1,0 +1,162 @@
+"""What one removal takes from each group: curves of what each width costs, one budget spent on them, and the folds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor, nn
+
+from .budget import flops, spend
+from .calibrate import Moments
+from .network import Network
+from .neurons import neuron
+from .plan import ChannelGroup, Fold, FoldPlan
+from .policy import Policy
+from .redundancy import (
+    Selection,
+    first_order,
+    first_order_curve,
+    fold_blocks,
+    others,
+    select_blocks,
+    select_whole,
+    unexplained,
+)  # fmt: skip
+from .surgery import named_tensors
+
+
+def plan(
+    network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy,
+    budget: float, price: float,
+) -> tuple[list[FoldPlan], dict[str, float]]:  # fmt: skip
+    """Fold plans that spend where it saves most; and each group's unexplained share of output energy.
+
+    Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
+    less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
+    steepest factor. The price buys what lasts, the second-order part: training soon learns the first-order part again.
+    Without a price the budget is for both.
+    """
+    priced, ranks, device = math.isfinite(price), network.ranks, next(network.model.parameters()).device
+    costs, named = network.open_costs(groups), {group.name: group for group in groups}
+    worth = price * flops(costs, network.widths) ** (1 + policy.concavity)  # of all that the groups still cost
+    stop = min(worth / 100, budget / (20 if priced else 500))  # finer differences would not change what is bought
+    steepest = policy.steepest if priced else math.inf
+    floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
+    steps = {group.name: _step(group, policy.multiple) for group in groups}
+
+    def search(name: str) -> tuple[Selection, Float64[Tensor, " k+1"] | None]:
+        group, m = named[name], moments[name]
+        found = _search(group, m, stop=stop, floor=floors[name], multiple=steps[name])
+        return found, None if priced else _first_orders(group, m, found)
+
+    def refit(name: str) -> tuple[FoldPlan, float]:
+        keep = searches[name][0].order[: widths[name]].sort().values
+        cautious = float(curves[name][widths[name]])
+        scaled = pacemakers(network, named[name]) if policy.rebalance else ()
+        return _refit(named[name], moments[name], keep, cautious, scaled)
+
+    searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
+    curves = {
+        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g, moments[g.name].samples) for g in groups
+    }
+    asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
+    widths = spend(
+        asked, costs, budget=budget, multiple=steps, floor=floors,
+        least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
+    )  # fmt: skip
+    narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
+    refits = ranks.shared(narrowed, refit, "folding", device)
+    plans = [refits[name][0] for name in narrowed]
+    noise = max((m.noise for m in moments.values()), default=0.0)
+    return _without_noise(plans, noise), {name: refits[name][1] for name in narrowed}
+
+
+def _search(group: ChannelGroup, m: Moments, *, stop: float, floor: int, multiple: int) -> Selection:
+    if group.entries > 1:
+        return select_whole(m.second, m.mean, m.metric, group.entries, stop=stop, floor=floor, multiple=multiple)
+    return select_blocks(m.second, m.mean, m.metric, group.blocks, stop=stop, floor=floor, multiple=multiple)
+
+
+def _first_orders(group: ChannelGroup, m: Moments, found: Selection) -> Float64[Tensor, " k+1"]:
+    order = group.entries_of(found.order)
+    return first_order_curve(m.second, m.mean, m.cross, m.slope, order, group.blocks)[:: group.entries]
+
+
+def _refit(
+    group: ChannelGroup, m: Moments, chosen: Int64[Tensor, " k"], cautious: float, scaled: tuple[str, ...]
+) -> tuple[FoldPlan, float]:
+    """The plan that keeps `chosen`, and the share of the consumers' output energy that it leaves unexplained."""
+    keep = group.entries_of(chosen)
+    regression = fold_blocks(m.second, m.mean, keep, group.blocks)
+    rest, lost = unexplained(m.second, m.mean, keep, regression), others(keep, len(m.second))
+    own = [fold_blocks(*reader, keep, group.blocks) for reader in m.readers]
+    share = float((m.energy[lost][:, lost] * rest).sum() / torch.dot(m.energy.flatten(), m.second.flatten()))
+    sources = m.sources or ((0, m.cross, m.slope),)
+    sudden = math.fsum(first_order(cross, slope, keep, (own or [regression])[i]) for i, cross, slope in sources)
+    lasting = 0.5 * max(0.0, float((m.undamped[lost][:, lost] * rest).sum()))
+    lasting *= float(overfit(group, m.samples)[len(chosen)])
+    folds, scale = own or [regression] * len(group.consumers), None
+    if scaled:
+        scale = regression.coeffs.square().sum(0).sqrt()
+        folds = [Fold(each.coeffs / scale, each.shift) for each in folds]
+    plan = FoldPlan(
+        group.name, chosen, tuple(folds), scale, scaled, lasting + sudden, first_order=sudden,
+        cautious=cautious + sudden,
+    )  # fmt: skip
+    return plan, share
+
+
+def _without_noise(plans: Sequence[FoldPlan], noise: float) -> list[FoldPlan]:
+    """The plans with first-order parts shrunk by the positive-part James-Stein factor of their sum (Statement 13)."""
+    sudden = math.fsum(item.first_order for item in plans)
+    lasting = math.fsum(item.predicted - item.first_order for item in plans)
+    share = max(0.0, 1 - noise * lasting / sudden**2) if sudden else 0.0
+    return [
+        replace(
+            item, predicted=item.predicted + (share - 1) * item.first_order, first_order=share * item.first_order,
+            cautious=item.cautious + max(0.0, (share - 1) * item.first_order),
+        )
+        for item in plans
+    ]  # fmt: skip
+
+
+def _step(group: ChannelGroup, multiple: int) -> int:
+    """Widths go in steps of the hardware's multiple, in each block if its blocks are wide enough."""
+    if group.blocks == 1:
+        return max(1, multiple // group.entries)
+    return group.blocks * (multiple if group.width // group.blocks > 2 * multiple else 1)
+
+
+def _with_first_order(
+    curve: Float64[Tensor, " n+1"], sudden: Float64[Tensor, " k+1"] | None
+) -> Float64[Tensor, " n+1"]:
+    """The curve and the largest first-order increase at any greater width, so that it still never rises with width."""
+    if sudden is None:
+        return curve
+    sudden = torch.cat([sudden, sudden[-1].expand(len(curve) - len(sudden))]).clamp(min=0)
+    sudden[-1] = 0.0
+    return curve + sudden.flip(0).cummax(0).values.flip(0).to(curve.device)
+
+
+def overfit(group: ChannelGroup, samples: int) -> Float64[Tensor, " n+1"]:
+    """How much more a regression on 0 ... n survivors leaves unexplained on new data (generalised cross-validation)."""
+    used = torch.arange(group.width + 1, dtype=torch.float64) * group.entries / max(samples, 1)
+    return (1 - used.clamp(max=0.9)) ** -2
+
+
+def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:
+    """Tensors that scale the group's channels, where scaling keeps the pace of learning; () where it doesn't.
+
+    Under plain gradient descent a positively homogeneous neuron that stands for several learns too slowly; scaled by
+    the root of its squared coefficients, and its columns by the inverse, it learns as they did together
+    (docs/theory.md). Adaptive optimizers don't depend on the scale.
+    """
+    plain = network.optimizers and all(isinstance(optimizer, torch.optim.SGD) for optimizer in network.optimizers)
+    if not plain or not neuron(group.neuron).homogeneous:
+        return ()
+    tensors = named_tensors(network.model)
+    slots = [slot.tensor for slot in group.passthrough if isinstance(tensors.get(slot.tensor), nn.Parameter)]
+    slots = slots or [slot.tensor for slot in group.producers]
+    return tuple(slots) if len(slots) <= 2 and "parametrizations" not in "".join(slots) else ()
