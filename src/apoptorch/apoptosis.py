@@ -194,6 +194,8 @@ class Apoptosis:
             SurgeryError: the shapes don't fit.
         """
         widths, full = state.get("widths", {}), state.get("full_widths", {})
+        if state.get("shapes") == self.state_dict()["shapes"]:  # narrow already, where a last head is no group any more
+            widths = {name: widths.get(name, width) for name, width in self._network.widths.items()}
         if set(widths) != set(self._network.widths):
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
         network = self._network
@@ -202,7 +204,7 @@ class Apoptosis:
             surgery.narrow_(state["shapes"])
             surgery.resize_(sizes_of(self.groups, widths))
         groups = narrowed(self.groups, widths)
-        self._network.groups = [replace(group, full_width=full[group.name]) for group in groups]
+        self._network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
         self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
         self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]
