@@ -148,8 +148,8 @@ def test_range_error_is_never_violated_and_attained_if_monotone(spec):
 
 
 def test_twenty_thousand_cases():
-    """Statements 3 to 7 and 11, every neuron type, in float32 and float64, by inputs as bad as the weights suggest."""
-    table = fuzz.summary(fuzz.cases(fuzz.SPECS, 2, 200, seed=int(torch.randint(2**31, ()))))
+    """Statements 3 to 7 and 11, every neuron type and precision, by inputs as bad as the weights suggest."""
+    table = fuzz.summary(fuzz.cases(fuzz.SPECS, 3, 80, seed=0))
     assert sum(row["cases"] for row in table.values()) >= 20_000
     for spec, row in table.items():
         assert max(row["worst"].values()) <= 1, (spec, row)

@@ -107,7 +107,7 @@ def search_weights(
     check_finite(rows=rows, outgoing=outgoing)
     rows, outgoing = rows.double(), outgoing.double()
     n, index = len(rows), torch.arange(len(rows), device=rows.device)
-    pairs = _Pairs(rows, neuron, input_norm, constant=constant, max_pooled=max_pooled)
+    pairs = Pairs(rows, neuron, input_norm, constant=constant, max_pooled=max_pooled)
     error, value = range_error(neuron, rows, input_norm, constant)
     alone = product(outgoing, error)
     alive, absorber = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index, dtype=torch.bool)
@@ -126,7 +126,8 @@ def search_weights(
             found.append((i, -1, 0.0, float(value[i]), total))
         else:
             absorber[onto[i]] = True
-            found.append((i, int(onto[i]), *pairs.replacement(float(turn[i])), total))
+            coeff, shift = pairs.replacement(turn[i])
+            found.append((i, int(onto[i]), float(coeff), float(shift), total))
         if len(lost := (alive & (onto == i)).nonzero()[:, 0]):  # their nearest neuron has gone
             distance[lost], onto[lost], turn[lost] = pairs.nearest(lost, alive)
     table = torch.tensor(found, dtype=torch.float64, device=rows.device).reshape(-1, 5)
@@ -136,7 +137,7 @@ def search_weights(
     )
 
 
-class _Pairs:
+class Pairs:
     """How well one neuron replaces another: by f(t w_j~ x~) with a turn t, whatever the neuron type.
 
     Positively homogeneous: t >= 0 the regression coefficient, so that |w_i~ - t w_j~| = |w_i~| sin(angle); else
@@ -160,10 +161,13 @@ class _Pairs:
         self.scaled = torch.cat([rows[:, :-1] * input_norm, rows[:, -1:]], 1)
         self.square = (self.scaled * self.scaled).sum(1)
 
-    def replacement(self, turn: float) -> tuple[float, float]:
+    def replacement(
+        self, turn: Float64[Tensor, "*batch"]
+    ) -> tuple[Float64[Tensor, "*batch"], Float64[Tensor, "*batch"]]:
         """(coeff, shift) that replace f(turn z) by coeff f(z) + shift."""
-        sign, offset = (1.0, 0.0) if turn > 0 or self.neuron.reflection is None else self.neuron.reflection
-        return sign * abs(turn), offset
+        sign, offset = self.neuron.reflection or (1.0, 0.0)
+        turned = turn <= 0
+        return torch.where(turned, sign, 1.0) * turn.abs(), torch.where(turned, offset, 0.0).to(turn)
 
     def nearest(
         self, index: Int64[Tensor, " m"], alive: Bool[Tensor, " n"], chunk: int = 512, tries: int = 4
