@@ -1,5 +1,7 @@
 """Compare what events predict and certify with what they do, one JSON line per event in results/calibration.jsonl.
 
+A run that the file already holds for the same commit is skipped, so an interrupted one goes on.
+
 Small networks train on small real data sets. At several points of a run, removals of many sizes are tried on copies of
 the network, and one is carried out for good, so that later ones meet a network that has shrunk. Each is measured on all
 of the training data, which is the population that the calibration batches are drawn from, and on fresh data.
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from apoptorch.batches import Batch, LossFn
+from apoptorch.bounds import standard_error
 from apoptorch.evaluation import Evaluation, evaluate
 from apoptorch.graph import trace
 from apoptorch.network import Network
@@ -193,7 +196,7 @@ def _compared(event: Event, before: list[Evaluation], after: list[Evaluation], f
     }  # fmt: skip
     for where, one, other in zip(("train", "fresh"), before, after, strict=True):
         changes = other.units - one.units
-        result[f"{where}_increase"] = float(changes.mean())
+        result[f"{where}_increase"], result[f"{where}_error"] = float(changes.mean()), standard_error(changes)
         result[f"{where}_clipped"] = float(changes.clamp(-certificate.clip, certificate.clip).mean())
         if one.predictions is not None and other.predictions is not None:
             result[f"{where}_changed"] = float((one.predictions != other.predictions).double().mean())
@@ -207,8 +210,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = conditions()
-    for name in args.recipes:
-        for seed in args.seeds:
+    lines = map(json.loads, RESULTS.read_text().splitlines() if RESULTS.exists() else ())
+    done = {(line["recipe"], line["seed"]) for line in lines if line["commit"] == about["commit"]}
+    for seed in args.seeds:
+        for name in (name for name in args.recipes if (name, seed) not in done):
             events = [{"recipe": name, "seed": seed, **event, **about} for event in run(name, seed)]
             with RESULTS.open("a") as file:
                 file.writelines(json.dumps(event) + "\n" for event in events)

@@ -116,14 +116,16 @@ def test_linear(damping):
 
 
 def test_damping_and_noise_are_apart_from_the_metric():
-    """Without damping the metric is as measured without it; scaled by the noise it is the variance of the mean u.d."""
+    """Half the damping is half-way to the undamped metric, which is the variance of the mean u.d but for the noise."""
     model, x, y = mlp(), tensor(11, 4), tensor(11, 3, seed=1)
     groups, batches = groups_of(model, x), [Batch((x[:5],), {}, y[:5]), Batch((x[5:],), {}, y[5:])]
     damped = measure(model, groups, batches, square, 0.7)["0"]
-    torch.testing.assert_close(damped.undamped, brute(model, model[2], 1, [(x, y)], square)[2], rtol=1e-10, atol=1e-14)
+    undamped = 2 * damped.half_damped - damped.metric
+    torch.testing.assert_close(undamped, brute(model, model[2], 1, [(x, y)], square)[2], rtol=1e-10, atol=1e-14)
     gradients = 2 / 3 * (model(x) - y).detach() @ model[2].weight.detach()
     expected = gradients.mT @ gradients / len(x) ** 2
-    torch.testing.assert_close(damped.noise / 2 * damped.undamped, expected, rtol=1e-10, atol=1e-14)
+    assert measure(model, groups, batches, None, 0.7)["0"].noise == 0.0
+    torch.testing.assert_close(damped.noise / 2 * undamped, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.7])

@@ -220,16 +220,19 @@ def test_first_order_is_summed_over_what_each_consumer_reads():
     assert item.first_order == pytest.approx(float(expected), rel=1e-6)
 
 
-@pytest.mark.parametrize(("first", "share"), [(0.1, 0.0), (-0.1, 0.0), (2.0, 0.96), (-2.0, 0.96)])
-def test_first_order_within_its_standard_error_is_not_reported(first, share):
-    """Two groups of second-order increase 2 in all and noise 0.08: a standard error of 0.4."""
+@pytest.mark.parametrize(
+    ("first", "noise", "expected"),
+    [(3.0, 0.0, 3.0), (-3.0, 0.0, -3.0), (0.0, 2.0, 1.0), (3.0, 2.0, 2.5), (0.0, 1e9, 2.0), (-9.0, 2.0, 0.0)],
+)
+def test_first_order_is_shrunk_to_the_second_order_by_its_noise(first, noise, expected):
+    """Two groups of second-order increase 2 in all: the mean of N(2, 2^2) given `first`, of variance 2 noise."""
     keep, parts = torch.arange(2), ((0.25 * first, 0.5), (0.75 * first, 1.5))
     plans = [FoldPlan("a", keep, (), predicted=f + s, first_order=f, cautious=f + 2 * s) for f, s in parts]
-    found = planning._without_noise(plans, 0.08)
+    found = planning._without_noise(plans, noise)
+    assert sum(item.first_order for item in found) == pytest.approx(expected, rel=1e-6)
     for (f, s), item in zip(parts, found, strict=True):
-        assert item.first_order == pytest.approx(share * f)
-        assert item.predicted == pytest.approx(s + share * f)
-        assert item.cautious >= 2 * s + f
+        assert item.predicted == pytest.approx(s + item.first_order)
+        assert item.cautious >= 2 * s + max(f, item.first_order)
 
 
 def test_guard_goes_by_what_the_search_predicted():

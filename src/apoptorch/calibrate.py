@@ -39,7 +39,8 @@ class Moments:
         readers: where consumers read different tensors, (second, mean) of each; else empty.
         sources: where they do, (a reader's index, cross, slope) of each tensor that is read; their sums are as above.
         damping: share of `energy` in `metric` that is damping.
-        noise: squared standard error of the first-order change of the loss, over the undamped second-order change.
+        noise: squared standard error of the first-order change of the loss, over the undamped second-order change; 0
+            without a loss.
     """
 
     second: Float[Tensor, "n n"]
@@ -55,9 +56,9 @@ class Moments:
     noise: float = 0.0
 
     @property
-    def undamped(self) -> Float[Tensor, "n n"]:
-        """The metric without its damping: what a removal is predicted to cost, not what it is chosen by."""
-        return self.metric - self.damping * self.energy
+    def half_damped(self) -> Float[Tensor, "n n"]:
+        """The metric with half its damping: what a removal is predicted to cost, not what it is chosen by."""
+        return self.metric - self.damping / 2 * self.energy
 
 
 @contextmanager
@@ -126,7 +127,7 @@ class _Sums:
             if output_gradient is not None:
                 self.curvature += terms * output_gradient.square().sum() / reading.reader.weight.shape[0]
 
-    def moments_(self, scale: float, matched: float, inputs: float, damping: float) -> Moments:
+    def moments_(self, scale: float, inputs: float, damping: float, noise: float) -> Moments:
         """The averages; the sums are used up."""
         consumers, inputs, curvature = self.group.consumers, max(1.0, inputs), float(self.curvature)
         metric = self.metric.add_(self.energy, alpha=damping * curvature).mul_(scale)
@@ -142,7 +143,7 @@ class _Sums:
             second, mean, _mirror_(metric), _mirror_(self.energy), sum(each[-1] for each in sums),
             _sum([slope for _, slope in means]), _sum([cross for cross, _ in means]), tuple(readers),
             sources if several else (),
-            damping=scale * damping * curvature, noise=2 / (matched * inputs) if matched > 0 else 0.0,
+            damping=scale * damping * curvature, noise=noise,
         )  # fmt: skip
 
 
@@ -221,8 +222,9 @@ def measure(
         totals = _totals(model, groups, batches, loss_fn, damping, ranks, math.ceil(backward * len(batches)))
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
+    noise = 2 / (totals.matched * totals.samples) if loss_fn and totals.samples else 0.0
     return {
-        group.name: totals.groups[group.name].moments_(scale, totals.matched, totals.samples, damping)
+        group.name: totals.groups[group.name].moments_(scale, totals.samples, damping, noise)
         for group in groups
         if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
     }

@@ -95,7 +95,7 @@ def _refit(
     share = float((m.energy[lost][:, lost] * rest).sum() / torch.dot(m.energy.flatten(), m.second.flatten()))
     sources = m.sources or ((0, m.cross, m.slope),)
     sudden = math.fsum(first_order(cross, slope, keep, (own or [regression])[i]) for i, cross, slope in sources)
-    lasting = 0.5 * max(0.0, float((m.undamped[lost][:, lost] * rest).sum()))
+    lasting = 0.5 * max(0.0, float((m.half_damped[lost][:, lost] * rest).sum()))
     lasting *= float(overfit(group, m.samples)[len(chosen)])
     folds, scale = own or [regression] * len(group.consumers), None
     if scaled:
@@ -109,17 +109,20 @@ def _refit(
 
 
 def _without_noise(plans: Sequence[FoldPlan], noise: float) -> list[FoldPlan]:
-    """The plans with first-order parts shrunk by the positive-part James-Stein factor of their sum (Statement 13)."""
+    """The plans with first-order parts shrunk, by the noise of their sum, to what is expected without data: their
+    second-order parts. A fall of the loss is not believed unless there is no noise (Statement 13).
+    """
     sudden = math.fsum(item.first_order for item in plans)
     lasting = math.fsum(item.predicted - item.first_order for item in plans)
-    share = max(0.0, 1 - noise * lasting / sudden**2) if sudden else 0.0
-    return [
-        replace(
-            item, predicted=item.predicted + (share - 1) * item.first_order, first_order=share * item.first_order,
-            cautious=item.cautious + max(0.0, (share - 1) * item.first_order),
-        )
-        for item in plans
-    ]  # fmt: skip
+    known = lasting / (lasting + noise) if noise else 1.0
+    falls = known * sudden + (1 - known) * lasting < 0 < noise
+    result = []
+    for item in plans:
+        second = item.predicted - item.first_order
+        first = 0.0 if falls else known * item.first_order + (1 - known) * second
+        cautious = item.cautious + max(0.0, first - item.first_order)
+        result.append(replace(item, predicted=second + first, first_order=first, cautious=cautious))
+    return result
 
 
 def _step(group: ChannelGroup, multiple: int) -> int:

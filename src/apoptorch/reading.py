@@ -136,7 +136,7 @@ class Recorder(TorchFunctionMode):
         self.readers = readers
         self.readings: list[Reading] = []
         self.lost: set[str] = set()
-        self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # inputs that need no gradient, and their stand-ins that do
+        self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # what is read, and its stand-in that readers are given
         self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # transposes of known weights, and these
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,9 +168,10 @@ class Recorder(TorchFunctionMode):
             return result
         args = list(args)
         for index in {index for index, _ in found.values()}:
-            if not args[index].requires_grad:  # frozen layers below: let gradients start here
-                start = args[index].detach().requires_grad_()
-                _, args[index] = self.starts.setdefault(id(args[index]), (args[index], start))
+            source = args[index]
+            # a view has the gradient of what reads it, not that of shortcuts; frozen layers below: it starts here
+            start = source.view_as(source) if source.requires_grad else source.detach().requires_grad_()
+            _, args[index] = self.starts.setdefault(id(source), (source, start))
         output = func(*args, **kwargs)
         self.readings += [Reading(reader, args[index], dim, output) for reader, (index, dim) in found.items()]
         return output
