@@ -113,8 +113,15 @@ def test_bound_is_never_violated(spec, seed, size, log_norm, log_bound, dtype, o
         assert float(change.max()) <= found.bound * (1 + 1e-12) + allowance + jump
 
 
-@pytest.mark.parametrize("spec", [*sorted(set(SMOOTH) - {"hardshrink"}), "gelu(tanh)", "clamp_min(0.5)"])
-def test_pair_bound_is_attained(spec):
+STEPLESS = [*sorted(set(SMOOTH) - {"hardshrink"}), "gelu(tanh)", "clamp_min(0.5)"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reflected"),
+    [(spec, r) for spec in STEPLESS for r in ([False, True] if neuron(spec).reflection else [False])],
+)
+def test_pair_bound_is_attained(spec, reflected):
+    """Statements 4 and 5, and 6 with the second neuron reflected."""
     known, function = neuron(spec), activation(spec)
     at, gap = STEEP.get(spec, 0.0), 1e-3 if spec not in ("selu", "elu", "celu") else 1e-5
     if known.homogeneous:
@@ -125,13 +132,35 @@ def test_pair_bound_is_attained(spec):
         # w.x = 0 +- gap/2 about the steep point, which the bias sets.
         rows = torch.tensor([[0.5 * gap, 10.0, at], [-0.5 * gap, 10.0, at]], dtype=torch.float64)
         x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    rows[1] *= -1 if reflected else 1
     search = search_weights(
-        rows, known, torch.ones(2, dtype=torch.float64), input_norm=float(x.norm(dim=1).max()), constant=False
+        rows, known, torch.ones(2, dtype=torch.float64), input_norm=float(x.norm(dim=1).max()), constant=reflected
     )
     found = search.fold(1)
     assert search.onto.tolist() == [1 - search.removed.item()]
     change = consumer_change(rows, torch.ones(1, 2, dtype=torch.float64), x, function, found)
     assert 0.99 * found.bound <= float(change.max()) <= found.bound * (1 + 1e-9)
+
+
+def test_bound_of_several_removals_is_attained():
+    """Statement 7: two pairs whose columns are parallel and whose differences have one worst input."""
+    rows = torch.tensor([[1, 0.01, 0, 0], [1, 0, 0, 0], [0, 0.01, 1, 0], [0, 0, 1, 0]], dtype=torch.float64)
+    columns, x = torch.ones(1, 4, dtype=torch.float64), torch.tensor([[0.0, 100.0, 0.0]], dtype=torch.float64)
+    search = search_weights(rows, neuron("relu"), columns[0], input_norm=100.0, constant=False)
+    found = search.fold(2)
+    change = float(consumer_change(rows, columns, torch.cat([x, -x]), torch.relu, found).max())
+    assert 0.99 * found.bound <= change <= found.bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in [*STEPLESS, "leaky_relu(-3.0)"] if not neuron(spec).monotone])
+def test_range_error_of_what_is_not_monotone_is_attained(spec):
+    """Statement 3: a small ball of inputs where the function is steepest."""
+    known, at, gap = neuron(spec), {**STEEP, "leaky_relu(-3.0)": -1.0}.get(spec, 0.0), 1e-4
+    rows, x = torch.tensor([[gap, at]], dtype=torch.float64), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    for constant in (True, False):
+        error, value = range_error(known, rows, 1.0, constant)
+        actual = (activation(spec)(x @ rows[:, :-1].T + rows[:, -1]) - value).abs().max()
+        assert 0.99 * float(error) <= float(actual) <= float(error) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("spec", SMOOTH)

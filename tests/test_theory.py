@@ -53,6 +53,15 @@ def test_what_a_statement_names_exists(number):
         assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), name
 
 
+def test_every_bound_has_a_test_that_attains_it():
+    rows = re.findall(r"^\| ([\d, to]+).*\| (`test_.*`) \|$", PARTS[0], re.MULTILINE)
+    ends = [[int(number) for number in re.findall(r"\d+", numbers)] for numbers, _ in rows]
+    assert {n for first, *last in ends for n in range(first, (last or [first])[0] + 1)} == {*range(1, 11), 16}
+    for name in (name for _, names in rows for name in names.split("`")[1::2]):
+        file, _, function = name.partition("::")
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), name
+
+
 @pytest.mark.parametrize("module", ["bounds", "neurons"])
 def test_every_function_names_its_statement_and_is_named_by_it(module):
     for name, text in documented(ROOT / "src" / "apoptorch" / f"{module}.py"):

@@ -148,7 +148,7 @@ class Apoptosis:
         """One removal now, planned on three quarters of this batch and judged on the rest; survivors are not rescaled.
 
         Args:
-            budget: predicted increase of the loss, in its units; None: as much as the policy's price allows.
+            budget: what the search may predict the loss to rise by, in its units; None: what the policy's price allows.
 
         Raises:
             ArgumentError: as for `step`.
