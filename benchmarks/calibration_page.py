@@ -113,6 +113,8 @@ def page(events: Sequence[dict]) -> str:
         WHY, "## Coverage of the certificate\n", coverage(events),
         "\nSeveral events of one point share their held-out inputs, so they are not independent, and the error of "
         "the share held is larger than for independent ones.\n",
+        "These runs took gradients from all planning inputs. Removals have since taken them from half of these, which "
+        "makes the first-order part's squared error twice as large: that has not been measured yet.\n",
         f"Measured at commits {', '.join(sorted({e['commit'] for e in events}))}, "
         f"torch {', '.join(sorted({e['torch'] for e in events}))}.", "",
     ]  # fmt: skip

@@ -20,6 +20,13 @@ def test_a_violation_is_counted_and_shown():
     assert "| relu | 2 | 0.500000 | 1.250000 | none |" in text
 
 
+def test_calibration_page_is_that_of_its_results():
+    events = calibration_page.measured()
+    assert calibration_page.PAGE.read_text() == calibration_page.page(events)
+    assert len(events) >= 500
+    assert len({event["recipe"] for event in events}) >= 4
+
+
 def test_a_factor_of_two_counts_both_ways():
     events = [{"predicted": 1.0, "train_increase": x} for x in (0.49, 0.5, 1.0, 2.0, 2.1, -1.0)]
     assert calibration_page.within(events, "train_increase", calibration_page.total) == 0.5
