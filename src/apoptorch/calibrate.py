@@ -222,7 +222,7 @@ def measure(
         totals = _totals(model, groups, batches, loss_fn, damping, ranks, math.ceil(backward * len(batches)))
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
-    noise = 2 / (totals.matched * totals.samples) if loss_fn and totals.samples else 0.0
+    noise = 2 / (totals.matched * totals.samples) if loss_fn and totals.matched * totals.samples > 0 else 0.0
     return {
         group.name: totals.groups[group.name].moments_(scale, totals.samples, damping, noise)
         for group in groups
