@@ -36,7 +36,7 @@ class Policy:
     price: float = 0.0375
     concavity: float = 0.5
     rise: float = 0.5
-    start: float = 0.025
+    start: float = 0.04
     first_step: int = 30
     gap: float = 2.2
     stop: float = 0.65
