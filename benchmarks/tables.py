@@ -104,11 +104,15 @@ ROWS = [
 
 
 def pairs(task: str, runs: list[dict]) -> list[tuple[dict, dict]]:
-    """(dense, apoptosis) of every seed; for the stretched schedules against the fashion-mlp run of that seed."""
-    against = task if task in TASKS else "fashion-mlp"
-    dense = {run["seed"]: run for run in runs if run["task"] == against and run["contender"] == "dense"}
+    """(dense, apoptosis) of every seed, both of one commit; stretched schedules against the fashion-mlp run."""
+    dense = {_beside(run): run for run in runs if run["contender"] == "dense"}
     ours = [run for run in runs if run["task"] == task and run["contender"] == "apoptosis"]
-    return [(dense[run["seed"]], run) for run in ours if run["seed"] in dense]
+    return [(dense[_beside(run)], run) for run in ours if _beside(run) in dense]
+
+
+def _beside(run: dict) -> tuple[str, int, str]:
+    """Task, seed and commit of the dense run that it is compared with."""
+    return run["task"] if run["task"] in TASKS else "fashion-mlp", run["seed"], run["commit"]
 
 
 def values(row: Row, runs: list[dict]) -> tuple[list[float], str]:
@@ -155,8 +159,11 @@ def summary(task: str, contender: str, runs: list[dict]) -> str:
 
 
 def latest(runs: list[dict]) -> list[dict]:
-    """Of several runs of the same thing the last one."""
-    return list({tuple(run[k] for k in ("task", "contender", "seed", "epochs")): run for run in runs}.values())
+    """Of several runs of the same thing the last one, and the dense runs that were measured beside those."""
+    ours = {(run["task"], run["seed"], run["epochs"]): run for run in runs if run["contender"] == "apoptosis"}
+    beside = {_beside(run) for run in ours.values()}
+    dense = {_beside(run): run for run in runs if run["contender"] == "dense" and _beside(run) in beside}
+    return [*dense.values(), *ours.values()]
 
 
 def with_table(readme: str, runs: list[dict]) -> str:
