@@ -7,6 +7,7 @@ from comparison import Apoptosis, Contender, Meter, Run, Task, accuracy, mlp, tr
 from datasets import Split
 from torch import nn
 
+from apoptorch import Policy
 from benchmarks.contenders import CONTENDERS, REFERENCE
 from benchmarks.contenders.channels import Narrow, columns, final_widths, groups_of, removals, rows
 from benchmarks.contenders.dead_neurons import DeadNeurons
@@ -153,7 +154,7 @@ def test_weights_only_merges_planted_duplicates_and_finds_nothing_in_an_ordinary
     begun(ordinary, task(lambda: mlp(32, 64, 64, 2)), wide_inputs(data), steps=2000)
     ordinary.steps = min(ordinary.at) - 1
     assert ordinary.step(x, data.test_y) is None
-    assert event_steps(2000)[0] == 50
+    assert event_steps(2000)[0] == Policy().start * 2000
 
 
 def wide_inputs(data):
