@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from apoptorch.errors import SurgeryError
 from apoptorch.plan import ChannelGroup, Consumer, Fold, FoldPlan, Slot
-from apoptorch.surgery import Surgery, attributes, narrow_, narrowed, transaction
+from apoptorch.surgery import Surgery, attributes, narrow_, narrowed, problems, transaction
 
 F64 = torch.float64
 
@@ -738,7 +738,7 @@ def test_undo_puts_everything_back_bit_for_bit():
 STAGES = [
     "_set_tensor", "_set_state", "_set_attribute", "cut", "cut_of", "folded", "constant_of", "effective",
     "right_inverse", "narrowed_state", "attributes", "like", "normalize", "target_of", "is_known_state",
-    "_plan_problems",
+    "plan_problems", "slot_problems",
 ]  # fmt: skip
 
 
@@ -747,7 +747,8 @@ STAGES = [
 def test_failure_at_any_call_of_any_stage_puts_everything_back(stage, late, monkeypatch):
     model, optimizers, follower, groups = patient()
     before, plans = snapshot([model, follower], optimizers), plans_for(groups)
-    original = getattr(transaction, stage)
+    module = transaction if hasattr(transaction, stage) else problems
+    original = getattr(module, stage)
     for failing in range(1000):
         calls = iter(range(10**9))
 
@@ -760,7 +761,7 @@ def test_failure_at_any_call_of_any_stage_puts_everything_back(stage, late, monk
                 raise MemoryError
             return result
 
-        monkeypatch.setattr(transaction, stage, fail)
+        monkeypatch.setattr(module, stage, fail)
         try:
             fold_all(model, optimizers, groups, plans, [follower])
         except (KeyboardInterrupt, MemoryError):

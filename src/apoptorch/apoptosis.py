@@ -60,7 +60,7 @@ class Apoptosis:
         checks.checked(ranks.problems([*checks.model_problems(model, ranks)]))
         optimizers = _several(optimizer)
         if ranks.sharded is None:
-            model = checks.unwrapped(model)
+            model = checks.uncompiled(model)
         else:
             checks.checked(ranks.problems([*sharding_problems(model, optimizers, followers)]))
         args, kwargs = checks.as_call(example_inputs)
@@ -182,7 +182,7 @@ class Apoptosis:
             "fraction": self._fraction, "event_seconds": self._event_seconds,
             "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
             "history": [event.to_json() for event in self.history],
-            "shapes": {name: list(t.shape) for name, t in named_tensors(self._network.model).items()},
+            "shapes": self._shapes(),
             "batches": [[list(b.args), b.kwargs, b.targets] for b in self._batches],
         }  # fmt: skip
 
@@ -193,24 +193,26 @@ class Apoptosis:
             ArgumentError: the state is of another model.
             SurgeryError: the shapes don't fit.
         """
-        widths, full = state.get("widths", {}), state.get("full_widths", {})
-        if state.get("shapes") == self.state_dict()["shapes"]:  # narrow already, where a last head is no group any more
-            widths = {name: widths.get(name, width) for name, width in self._network.widths.items()}
-        if set(widths) != set(self._network.widths):
+        network, widths, full = self._network, state.get("widths", {}), state.get("full_widths", {})
+        if state.get("shapes") == self._shapes():  # narrow already, where a last head is no group any more
+            widths = {name: widths.get(name, width) for name, width in network.widths.items()}
+        if set(widths) != set(network.widths):
             raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
-        network = self._network
         surgery = Surgery(network.model, network.optimizers, network.followers, network.ranks)
-        with self._network.ranks.rebuilding(), surgery:
+        with network.ranks.rebuilding(), surgery:
             surgery.narrow_(state["shapes"])
             surgery.resize_(sizes_of(self.groups, widths))
         groups = narrowed(self.groups, widths)
-        self._network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
+        network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
         self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
         self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
         self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]
         self.history = [Event.from_json(event) for event in state["history"]]
         self._batches = [Batch(tuple(args), kwargs, targets) for args, kwargs, targets in state["batches"]]
         self._thread, self._last_call, self._step_seconds = None, math.nan, math.inf
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in named_tensors(self._network.model).items()}
 
     # -- the schedule ----------------------------------------------------------------------------------------
     def _first_event(self) -> int:

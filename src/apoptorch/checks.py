@@ -18,7 +18,7 @@ from .sharding import is_sharded
 from .surgery import Surgery
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
     """The module itself, without torch.compile around it.
 
     Raises:

@@ -66,9 +66,7 @@ def _unpin(reason: str) -> str:
     """What to try, for the first obstacle in the way."""
     if reason.startswith("protected by"):
         return "take it out of `protect` to let it shrink"
-    if "output" in reason:
-        return "they stay"
-    if reason.startswith("no layer reads"):
+    if "output" in reason or reason.startswith("no layer reads"):
         return "they are the model's output, and stay"
     if "forward() fails" in reason:
         return "try sizes taken from the tensor (x.flatten(1), x.shape[1]) in forward()"

@@ -22,7 +22,7 @@ def inspected(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
         ExportError: the model can't be captured by torch.export.
     """
     checks.checked(checks.model_problems(model))
-    model = checks.unwrapped(model)
+    model = checks.uncompiled(model)
     args, kwargs = checks.as_call(example_inputs)
     checks.checked([
         *checks.call_problems(model, args, kwargs), *checks.data_problems(tree_leaves((args, kwargs)), "example_inputs")

@@ -57,7 +57,7 @@ def shrink(
         SurgeryError: the removal failed half-way; everything was put back.
     """
     checks.checked(checks.model_problems(model))
-    model = checks.unwrapped(model)
+    model = checks.uncompiled(model)
     args, kwargs = checks.as_call(example_inputs)
     checks.checked([
         *checks.moment_problems(None), *checks.call_problems(model, args, kwargs),

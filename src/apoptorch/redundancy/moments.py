@@ -98,7 +98,7 @@ def select_whole(
     count, noise = len(second) // entries, _rounding(second)
     residual, metric = _centred(second, mean), metric.double()
     order, gains = list[int](), list[Tensor]()
-    left = 0.5 * (metric * residual).sum().clamp(min=0)
+    left = _half_trace(metric, residual)
     while len(order) < count and (left > stop or len(order) < floor):
         score = _diagonal_products(metric, residual, entries)
         score[order] = 0.0
@@ -111,8 +111,8 @@ def select_whole(
         residual.addmm_(rows.T, rows, alpha=-1.0)
         _clear(residual, (residual.diagonal() <= noise).index_fill(0, pivots, True))
         order.append(int(best))
-        gains.append(0.5 * ((rows @ metric) * rows).sum().clamp(min=0))
-        left = 0.5 * (metric * residual).sum().clamp(min=0)
+        gains.append(_half_quadratic(rows, metric).sum())
+        left = _half_trace(metric, residual)
     chosen = torch.tensor(order, dtype=torch.int64, device=second.device)
     gained = torch.stack(gains) if gains else residual.new_zeros(0)
     return _trim(chosen, gained, left, count, stop=stop, floor=floor, multiple=multiple)

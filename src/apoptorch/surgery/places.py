@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from apoptorch.plan import ChannelGroup, Slot
+from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
 
 _Key = tuple[str, int, tuple[int, int] | None]
 
@@ -92,3 +92,10 @@ def sizes_of(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> dict[
 
 def _key(slot: Slot) -> _Key:
     return slot.tensor, slot.dim, slot.split
+
+
+def cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
+    """Every slot of the group; a consumer's, by entry, with its bias and fold; all others are selected."""
+    consumers = group.by_entry().consumers
+    folded = [(effective_slot(c.weight), c.bias, f) for c, f in zip(consumers, plan.folds, strict=True)]
+    return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]

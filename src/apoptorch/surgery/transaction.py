@@ -20,9 +20,10 @@ from torch.optim import LBFGS, Optimizer
 from apoptorch.distributed import ALONE, Ranks
 from apoptorch.errors import SurgeryError
 from apoptorch.multihead import NarrowMultiheadAttention, is_narrow
-from apoptorch.plan import ChannelGroup, Fold, FoldPlan, Slot
+from apoptorch.plan import ChannelGroup, FoldPlan, Slot
 from apoptorch.sharding import is_sharded, shared_as
-from apoptorch.surgery.places import cut_of, effective_slot, sizes_of, without
+from apoptorch.surgery.places import cut_of, cuts, sizes_of, without
+from apoptorch.surgery.problems import plan_problems, shape_problems, size_problems, slot_problems
 from apoptorch.surgery.tensors import (
     FOLLOWING,
     attributes,
@@ -30,7 +31,6 @@ from apoptorch.surgery.tensors import (
     cut,
     effective,
     folded,
-    is_known_state,
     layout,
     like,
     named_tensors,
@@ -96,9 +96,9 @@ class Surgery:
             SurgeryError: the plan doesn't fit the group, a slot doesn't fit its tensor, or an optimizer holds
                 state whose layout is unknown.
         """
-        problems = _plan_problems(group, plan)
+        problems = plan_problems(group, plan)
         if not problems:
-            problems = [p for network in self._networks for p in self._slot_problems(network, group, plan)]
+            problems = [p for network in self._networks for p in slot_problems(network, group, plan, self._optimizers)]
         with self._attempt(problems):
             done = set[tuple[int, int]]()
             for network in self._networks:
@@ -114,14 +114,14 @@ class Surgery:
         now = list(groups)
         for plan in plans:
             group = next(group for group in now if group.name == plan.group)
-            with self._whole(name for slot, bias, _ in _cuts(group, plan) for name in (slot.tensor, bias) if name):
+            with self._whole(name for slot, bias, _ in cuts(group, plan) for name in (slot.tensor, bias) if name):
                 self.fold_(group, plan)
             now = without(now, group, plan.keep)
         return now
 
     def narrow_(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """What the function `narrow_` does, as a part of this transaction."""
-        with self._attempt(p for network in self._networks for p in self._shape_problems(network, shapes)):
+        with self._attempt(p for network in self._networks for p in shape_problems(network, shapes, self._optimizers)):
             for network in self._networks:
                 for name, tensor in named_tensors(network).items():
                     if tuple(shapes.get(name, tensor.shape)) != tuple(tensor.shape):
@@ -153,7 +153,7 @@ class Surgery:
         Raises:
             SurgeryError: the model has no such attribute, or a smaller one.
         """
-        with self._attempt(p for network in self._networks for p in _size_problems(network, sizes)):
+        with self._attempt(p for network in self._networks for p in size_problems(network, sizes)):
             for network in self._networks:
                 self._resize_(network, sizes)
 
@@ -203,58 +203,13 @@ class Surgery:
             self.undo_()
             raise
 
-    def _slot_problems(self, network: nn.Module, group: ChannelGroup, plan: FoldPlan) -> Iterator[str]:
-        """What keeps `group` from being narrowed in `network`, optimizer state included."""
-        tensors, cuts = named_tensors(network), dict[tuple[int, int], tuple[int, Fold | None]]()
-        for slot, bias, fold in _cuts(group, plan):
-            width = group.width * (1 if fold is None else group.entries)
-            target = target_of(network, tensors, slot.tensor)
-            if target is None or (bias is not None and bias not in tensors):
-                name = slot.tensor if target is None else bias
-                rule = "be a parameter, a buffer or a parametrized attribute with right_inverse"
-                yield f"`{name}` must {rule}, got nothing by that name. Find the channel groups again."
-                continue
-            shape, last = tuple(effective(target).shape), int(slot.index(width).max())
-            if slot.dim >= len(shape) or last >= shape[slot.dim] * (slot.split[1] if slot.split else 1):
-                rule = f"have {width} x {slot.inner} entries in dimension {slot.dim}"
-                yield f"`{slot.tensor}` must {rule}, got shape {shape}. Find the channel groups again."
-            inner, first = cuts.setdefault((id(target), slot.dim), (slot.inner, fold))
-            if inner != slot.inner or first is not fold:
-                yield f"`{slot.tensor}` must be cut in one way, got two. Name a shared weight once in {group.name}."
-            for tensor in originals(target):
-                yield from self._tensor_problems(slot.tensor, tensor, tensor.shape)
-
-    def _shape_problems(self, network: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
-        tensors = named_tensors(network)
-        for name, new in shapes.items():
-            old = tuple(tensors[name].shape) if name in tensors else ()
-            if name not in tensors:
-                yield f"`{name}` must be a parameter or buffer of the model, got nothing by that name."
-            elif len(new) != len(old) or any(a != b and not 0 < a < b for a, b in zip(new, old, strict=True)):
-                rule = f"be narrowed from {old}, dimension by dimension"
-                yield f"`{name}` must {rule}, got {tuple(new)}. Build the model at its full size."
-            elif tuple(new) != old:
-                yield from self._tensor_problems(name, tensors[name], new)
-
-    def _tensor_problems(self, name: str, tensor: Tensor, new: Sequence[int]) -> Iterator[str]:
-        where = f"({name}, {tuple(tensor.shape)})"
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            yield f"`{name}` must be dense and of floating point, got {tensor.dtype} {tensor.layout} {where}."
-        for optimizer in self._optimizers:
-            for key, value in state_of(optimizer, tensor).items():
-                if not is_known_state(value, tensor.shape, new):
-                    got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    rule = "be a number or have its parameter's dimensions"
-                    state = f"{type(optimizer).__name__}.state[...]['{key}']"
-                    yield f"`{state}` must {rule}, got {got} {where}. Use an optimizer of torch.optim."
-
     def _fold_network_(
         self, network: nn.Module, group: ChannelGroup, plan: FoldPlan, done: set[tuple[int, int]]
     ) -> None:
         """Fold what isn't `done`: tied tensors, also those that a follower shares, are cut once a dimension."""
         tensors, touched = named_tensors(network), set[int]()
         read, kept = group.by_entry(), group.entries_of(plan.keep)
-        for slot, bias, fold in _cuts(group, plan):  # consumers first: a fold's constant reads full rows
+        for slot, bias, fold in cuts(group, plan):  # consumers first: a fold's constant reads full rows
             target = target_of(network, tensors, slot.tensor)
             if target is None:
                 continue  # not after the checks
@@ -405,45 +360,3 @@ def _counterpart(model: nn.Module, follower: nn.Module, index: int) -> nn.Module
         f"`followers[{index}]` must have the tensors of the model, with their shapes and ties, got "
         f"{other.get(name, 'nothing')} instead of {mine[name]} ({name}). Make it a deepcopy of the model."
     )
-
-
-def _size_problems(network: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
-    modules = dict(network.named_modules())
-    for path, values in sizes.items():
-        for name, value in values.items():
-            old = vars(modules[path]).get(name) if path in modules else None
-            if type(old) is not int or type(value) is not int or not 0 < value <= old:
-                got = old if type(old) in (int, float, bool) else type(old).__name__
-                yield f"`{name}` must be an integer of at least {value}, got {got} ({path or 'the model itself'})."
-
-
-def _cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
-    """Every slot of the group; a consumer's, by entry, with its bias and fold; all others are selected."""
-    consumers = group.by_entry().consumers
-    folded = [(effective_slot(c.weight), c.bias, f) for c, f in zip(consumers, plan.folds, strict=True)]
-    return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]
-
-
-def _plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
-    n, k, keep, problems = group.width, len(plan.keep), plan.keep.tolist(), list[str]()
-    blocks = [c // (n // group.blocks) for c in keep]
-    if k % group.blocks or blocks != [i // max(1, k // group.blocks) for i in range(k)]:
-        problems.append(f"`plan.keep` must keep as many in each of {group.blocks} blocks, got {keep} ({group.name}).")
-    if plan.group != group.name or not group.prunable:
-        problems.append(f"`plan` must be for {group.name} and that be prunable, got {plan.group}, {group.reason}.")
-    if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= n:
-        problems.append(f"`plan.keep` must be sorted distinct indices below {n}, got {plan.keep} ({group.name}).")
-    if len(plan.folds) != len(group.consumers):
-        problems.append(f"`plan.folds` must be one a consumer ({len(group.consumers)}), got {len(plan.folds)}.")
-    n, k = n * group.entries, k * group.entries
-    for consumer, fold in zip(group.consumers, plan.folds, strict=False):
-        shift = torch.zeros(n) if fold.shift is None else fold.shift
-        where = f"({group.name} -> {consumer.weight.tensor}, {n} -> {k} channels)"
-        if fold.coeffs.shape != (n, k) or shift.shape != (n,):
-            got = f"{tuple(fold.coeffs.shape)} and {tuple(shift.shape)}"
-            problems.append(f"`coeffs` must be {n} x {k} and `shift` {n} numbers, got {got} {where}.")
-        elif not (fold.coeffs.isfinite().all() and shift.isfinite().all()):
-            problems.append(f"`coeffs` and `shift` must be finite, got others {where}. Check the calibration data.")
-        elif consumer.bias is None and shift.any():
-            problems.append(f"`shift` must be None or zero without a bias to take it, got others {where}.")
-    return problems
