@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -735,6 +736,16 @@ def test_undo_puts_everything_back_bit_for_bit():
     train(model, optimizers, batches((8, 3, 4, 4), 2, torch.float32))
 
 
+def test_a_plan_without_folds_lets_channels_go_as_if_they_were_zero():
+    (one, optimizers, _, groups), (other, *_) = patient(), patient()
+    plans = [selection(g, KEEP[g.width]) for g in groups]
+    fold_all(one, optimizers, groups, [replace(plan, folds=()) for plan in plans])
+    fold_all(other, [], groups, plans)
+    assert [tuple(p.shape) for p in one.parameters()] == [tuple(p.shape) for p in other.parameters()]
+    x = torch.randn(5, 3, 4, 4)
+    torch.testing.assert_close(one.eval()(x), other.eval()(x))
+
+
 STAGES = [
     "_set_tensor", "_set_state", "_set_attribute", "cut", "cut_of", "folded", "constant_of", "effective",
     "right_inverse", "narrowed_state", "attributes", "like", "normalize", "target_of", "is_known_state",
@@ -824,7 +835,7 @@ def broken_plans():
         "doubled": (g, field(keep=torch.tensor([0, 0, 2, 3, 7, 8, 10])), "sorted distinct"),
         "out of range": (g, field(keep=torch.tensor([0, 1, 2, 3, 4, 5, 12])), "below 12"),
         "empty": (g, field(keep=torch.tensor([], dtype=torch.long)), "sorted distinct"),
-        "folds missing": (g, field(folds=()), "one a consumer"),
+        "a fold too many": (g, field(folds=plan.folds * 2), "one a consumer"),
         "wrong shape": (g, field(folds=(Fold(nan[:, :3]),)), "12 x 7"),
         "not finite": (g, field(folds=(Fold(nan),)), "must be finite"),
         "no bias": (

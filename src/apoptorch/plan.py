@@ -163,7 +163,7 @@ class FoldPlan:
     Attributes:
         group: name of the group.
         keep: sorted indices of the survivors.
-        folds: one `Fold` for each consumer of the group, in their order.
+        folds: one `Fold` for each consumer of the group, in their order; () lets channels go without a substitute.
         scale: what survivors are multiplied by, in the tensors named by `scaled`, to keep their pace of learning
             (docs/theory.md); `folds` then reads the scaled survivors. None: survivors stay as they are.
         predicted: predicted increase of the loss (the loss's own units); NaN without data.

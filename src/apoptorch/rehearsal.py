@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from .calibrate import calibrating
 from .errors import ApoptosisError
 from .graph import assemble, traced
-from .plan import ChannelGroup, Fold, FoldPlan, SizeAttribute, Slot
+from .plan import ChannelGroup, FoldPlan, SizeAttribute, Slot
 from .surgery import Surgery, attributes
 
 _FEW, _CANDIDATES = 16, 5
@@ -214,6 +214,4 @@ def places_of(group: ChannelGroup) -> Places:
 
 def _without_last(group: ChannelGroup) -> FoldPlan:
     """One channel less in every block."""
-    keep = group.leading(group.width - group.blocks)
-    fold = Fold(torch.eye(group.width * group.entries, dtype=torch.float64)[:, group.entries_of(keep)])
-    return FoldPlan(group.name, keep, (fold,) * len(group.consumers))
+    return FoldPlan(group.name, group.leading(group.width - group.blocks), folds=())

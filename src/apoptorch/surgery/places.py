@@ -96,6 +96,7 @@ def _key(slot: Slot) -> _Key:
 
 def cuts(group: ChannelGroup, plan: FoldPlan) -> list[tuple[Slot, str | None, Fold | None]]:
     """Every slot of the group; a consumer's, by entry, with its bias and fold; all others are selected."""
-    consumers = group.by_entry().consumers
+    consumers = group.by_entry().consumers if plan.folds else ()
     folded = [(effective_slot(c.weight), c.bias, f) for c, f in zip(consumers, plan.folds, strict=True)]
-    return [*folded, *((slot, None, None) for slot in group.producers + group.passthrough)]
+    dropped = () if plan.folds else (effective_slot(c.weight) for c in group.consumers)
+    return [*folded, *((slot, None, None) for slot in (*dropped, *group.producers, *group.passthrough))]

@@ -21,8 +21,9 @@ def plan_problems(group: ChannelGroup, plan: FoldPlan) -> list[str]:
         problems.append(f"`plan` must be for {group.name} and that be prunable, got {plan.group}, {group.reason}.")
     if not keep or keep != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= n:
         problems.append(f"`plan.keep` must be sorted distinct indices below {n}, got {plan.keep} ({group.name}).")
-    if len(plan.folds) != len(group.consumers):
-        problems.append(f"`plan.folds` must be one a consumer ({len(group.consumers)}), got {len(plan.folds)}.")
+    if plan.folds and len(plan.folds) != len(group.consumers):
+        number = len(group.consumers)
+        problems.append(f"`plan.folds` must be none, or one a consumer ({number}), got {len(plan.folds)}.")
     n, k = n * group.entries, k * group.entries
     for consumer, fold in zip(group.consumers, plan.folds, strict=False):
         shift = torch.zeros(n) if fold.shift is None else fold.shift
