@@ -246,6 +246,7 @@ def _draw(group: ChannelGroup, most: int, generator: torch.Generator) -> Classes
     """Random classes, the same number in every block; the distinct channels lie anywhere in it."""
     width = group.width // group.blocks
     distinct = min(math.ceil(width / 2), max(1, most // group.blocks))
+    distinct = math.ceil(distinct / group.multiple) * group.multiple
     source = []
     for block in range(group.blocks):
         order = torch.randperm(width, generator=generator).tolist()

@@ -108,6 +108,7 @@ class ChannelGroup:
             number must stay in every block, and a channel can be folded only into others of its block.
         entries: numbers that make one channel where a consumer reads it: those of a whole head. They go together, and
             each is folded into all entries of the survivors.
+        multiple: what a kernel asks the width to be a multiple of, in every block.
         sizes: attributes of modules that follow its width, as no tensor's shape tells them.
         lines: the lines of code ("file.py:12") that its channels pass.
     """
@@ -124,8 +125,14 @@ class ChannelGroup:
     reason: str | None = None
     blocks: int = 1
     entries: int = 1
+    multiple: int = 1
     sizes: tuple[SizeAttribute, ...] = ()
     lines: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def least_step(self) -> int:
+        """How many channels go at least."""
+        return self.blocks * self.multiple
 
     def leading(self, count: int) -> Int64[Tensor, " count"]:
         """The first channels of every block, `count` in all."""

@@ -128,8 +128,8 @@ def _without_noise(plans: Sequence[FoldPlan], noise: float) -> list[FoldPlan]:
 def _step(group: ChannelGroup, multiple: int) -> int:
     """Widths go in steps of the hardware's multiple, in each block if its blocks are wide enough."""
     if group.blocks == 1:
-        return max(1, multiple // group.entries)
-    return group.blocks * (multiple if group.width // group.blocks > 2 * multiple else 1)
+        return math.lcm(max(1, multiple // group.entries), group.multiple)
+    return group.blocks * math.lcm(multiple if group.width // group.blocks > 2 * multiple else 1, group.multiple)
 
 
 def _with_first_order(

@@ -50,11 +50,12 @@ _CONVOLUTIONS = (
 _PRODUCTS = (
     torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__,
 )  # fmt: skip
+_GROUPED = ("_grouped_mm", "grouped_mm_fallback")  # a product for all experts: torch's, and transformers'
 
 
 def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int, int] | None:
     """Which argument a layer reads with its weight, and along which dimension; None if that isn't known."""
-    if func is F.linear and args[1] is weight:
+    if func is F.linear and args[1] is weight and dim == 1:
         return 0, -1
     if func in _CONVOLUTIONS and args[1] is weight:
         return 0, 1 if args[0].ndim == weight.ndim else 0
@@ -62,6 +63,8 @@ def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int
         return 0, -1
     if func in _PRODUCTS and args[0] is weight and dim == weight.ndim - 1:
         return 1, -1 if args[1].ndim == 1 else -2
+    if getattr(func, "__name__", "") in _GROUPED and args[1] is weight and (args[0].ndim, dim) == (2, 1):
+        return 0, -1
     if func in (torch.addmm, Tensor.addmm) and len(args) > 2 and args[2] is weight and dim == 0:
         return 1, -1
     if func is torch.einsum and isinstance(args[0], str) and len(args) == 3 and "." not in args[0]:
@@ -71,13 +74,19 @@ def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int
     return None
 
 
-def _transposed(result: Any, weight: Any) -> bool:
-    """Is it the transpose of a matrix, as a view (weight.T)?"""
-    if not isinstance(result, Tensor) or not isinstance(weight, Tensor) or weight.ndim != 2:
-        return False
-    return result.data_ptr() == weight.data_ptr() and (*result.shape, *result.stride()) == (
-        *weight.shape[::-1], *weight.stride()[::-1],
-    )  # fmt: skip
+def _kept(view: Tensor, weight: Tensor) -> tuple[int, ...] | None:
+    """Which of the weight's dimensions a view of it has, in its own order: all (weight.T), or all but one, of which it
+    is one entry (experts[3]). None if it is another tensor."""
+    places = [*zip(weight.shape, weight.stride(), strict=True)]
+    found = [*zip(view.shape, view.stride(), strict=True)]
+    if view.dtype != weight.dtype or len(set(places)) < len(places) or len(set(found)) < len(found):
+        return None
+    gone, (offset, rest) = [*set(places) - set(found)], divmod(view.data_ptr() - weight.data_ptr(), view.element_size())
+    size, stride = gone[0] if gone else (1, 1)
+    inside = rest == 0 and offset % stride == 0 and 0 <= offset // stride < size
+    if not inside or len(gone) > 1 or not set(found) <= set(places):
+        return None
+    return tuple(places.index(place) for place in found)
 
 
 def _lstm(gates: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,14 +146,31 @@ class Recorder(TorchFunctionMode):
         self.readings: list[Reading] = []
         self.lost: set[str] = set()
         self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # what is read, and its stand-in that readers are given
-        self.turned: dict[int, tuple[Tensor, Tensor]] = {}  # transposes of known weights, and these
+        self.views: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # of known weights, these, kept dimensions
+
+    def known(self, leaf: Any) -> list[tuple[Reader, Any, int | None]]:
+        """Who reads with this tensor, a weight or a view of one, and along which of its dimensions."""
+        _, weight, dims = self.views.get(id(leaf), (leaf, leaf, None))
+        readers = self.readers.get(id(weight), ())
+        if dims is None:
+            return [(reader, leaf, reader.slot.dim) for reader in readers]
+        kept = {d: i for i, d in enumerate(dims)}
+        return [(r, leaf, kept.get(r.slot.dim) if r.slot.split is None else None) for r in readers]
+
+    def follow(self, result: Any, readers: Sequence[Reader]) -> None:
+        """What an op that reads nothing made of known weights: views of one of them, or what can't be followed."""
+        weights = list({id(reader.weight): reader.weight for reader in readers}.values())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                dims = _kept(leaf, weights[0]) if len(weights) == 1 else None
+                if dims is None:
+                    self.lost |= {reader.group for reader in readers}
+                else:
+                    self.views[id(leaf)] = (leaf, weights[0], dims)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _PRODUCTS and len(args) == 2 and id(args[1]) in self.turned:
-            func, args = F.linear, (args[0], self.turned[id(args[1])][1])
-        leaves = [self.turned.get(id(leaf), (leaf, leaf))[1] for leaf in tree_leaves((args, kwargs))]
-        known = [reader for leaf in leaves for reader in self.readers.get(id(leaf), ())]
+        known = [each for leaf in tree_leaves((args, kwargs)) for each in self.known(leaf)]
         if not known:
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") in _CELLS and len(args) == 9:
@@ -157,14 +183,13 @@ class Recorder(TorchFunctionMode):
             names = [name for name in ("input", "weight", "bias") if name in kwargs]
             args = (*args, *(kwargs[name] for name in names))
             kwargs = {key: value for key, value in kwargs.items() if key not in names}
-        places = {reader: _read(func, args, reader.weight, reader.slot.dim) for reader in known if len(args) > 1}
-        found = {reader: place for reader, place in places.items() if place is not None}
+        found = {}
+        for reader, weight, dim in known if len(args) > 1 else ():
+            if dim is not None and (place := _read(func, args, weight, dim)) is not None:
+                found[reader] = place
         if not found:
             result = func(*args, **kwargs)
-            if _transposed(result, args[0]):
-                self.turned[id(result)] = (result, args[0])
-            elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-                self.lost |= {reader.group for reader in known}
+            self.follow(result, [reader for reader, _, _ in known])
             return result
         args = list(args)
         for index in {index for index, _ in found.values()}:

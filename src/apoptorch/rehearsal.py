@@ -58,7 +58,7 @@ class _Rehearsal:
         return traced(self.model, self.args, self.kwargs).numbers()
 
     def run(self) -> list[ChannelGroup]:
-        while names := [group.name for group in self.groups if group.prunable and group.width > group.blocks]:
+        while names := [group.name for group in self.groups if group.prunable and group.width > group.least_step]:
             changed = self.changed(names)
             if not changed:
                 break
@@ -155,7 +155,7 @@ class _Rehearsal:
         found = {places_of(group) for group in assemble(tracer)[0]}
         reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
         reasons = {
-            g.name: reason for g in narrowed if g.name in names and g.width > g.blocks and places_of(g) not in found
+            g.name: reason for g in narrowed if g.name in names and g.width > g.least_step and places_of(g) not in found
         }
         return reasons, tracer.numbers()
 
@@ -213,5 +213,5 @@ def places_of(group: ChannelGroup) -> Places:
 
 
 def _without_last(group: ChannelGroup) -> FoldPlan:
-    """One channel less in every block."""
-    return FoldPlan(group.name, group.leading(group.width - group.blocks), folds=())
+    """One channel less in every block, or the fewest that can go."""
+    return FoldPlan(group.name, group.leading(group.width - group.least_step), folds=())

@@ -1,5 +1,7 @@
 """What a tracer found -> channel groups: channels with the same owners form one."""
 
+import math
+
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -68,6 +70,10 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
     _collect_reasons(parts, reasons, holds)
     general = {index for labels in tracer.general for index in parts.present(labels)}
     heads = {index for labels in tracer.whole for index in parts.present(labels)}
+    multiples = [1] * count
+    for labels, multiple in tracer.multiples:
+        for index in parts.present(labels):
+            multiples[index] = math.lcm(multiples[index], multiple)
     lines: list[set[str]] = [set() for _ in range(count)]
     for labels, code in tracer.passes.values():
         for index in parts.present(labels):
@@ -92,7 +98,7 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
             names[index], width, width, neuron, tuple(own["producer"]), tuple(own["passthrough"]),
             tuple(own["consumer"]), any(r.max_pooled for r in holds[index] if r.role == "consumer"),
             not reasons[index], _told(list(reasons[index])), blocks[index], entries,
-            lines=tuple(sorted(lines[index] - {""})),
+            multiple=multiples[index], lines=tuple(sorted(lines[index] - {""})),
         )  # fmt: skip
     return list(made.values()), _costs(parts, {index: group.name for index, group in made.items()})
 

@@ -80,6 +80,18 @@ def nodes_of(node: Node) -> list[Node]:
     return [arg for arg in (*arguments(node), *node.kwargs.values()) if isinstance(arg, Node)]
 
 
+def stack_of(node: Any) -> Node | None:
+    """The tensor of which the node is one part along dimension 0, if it is one: x of x[3], of x.unbind()[3]."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    if op_name(node) == "select" and argument(node, 1, "dim", 0) == 0:
+        return arguments(node)[0]
+    parts = arguments(node)[0] if node.target is operator.getitem else None
+    if isinstance(parts, Node) and op_name(parts) == "unbind" and argument(parts, 1, "dim", 0) == 0:
+        return arguments(parts)[0]
+    return None
+
+
 def shape(node: Node) -> tuple[int, ...]:
     value = node.meta["val"]
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
@@ -110,6 +122,7 @@ class Tracer:
         self.pins: list[tuple[Array, str]] = []
         self.general: list[Array] = []  # channels that no closed form describes
         self.rows: list[tuple[Array, str]] = []  # labels [rows, entries]: as many must stay in every row
+        self.multiples: list[tuple[Array, int]] = []  # channels, of which there must be a multiple of so many
         self.passes: dict[int, tuple[Array, set[str]]] = {}  # labels -> lines of code that they pass
         self.claimed: set[str] = set()  # tensors that the op at hand uses in a way that its rule describes
         self.used_by: dict[str, str] = {}  # tensor -> op that uses it in another way
@@ -196,6 +209,11 @@ class Tracer:
         if node in self.tensors or not isinstance(node, Node) or not self.parametrized(node):
             return self.tensors.get(node)
         return attribute(f"{self.path(node)}.")
+
+    def part(self, node: Any) -> tuple[str | None, int]:
+        """The tensor that the node is, and 0; or that of which it is one of the stacked parts (weight[3]), and 1."""
+        stack = stack_of(node)
+        return (self.tensors[stack], 1) if stack in self.tensors else (self.tensor(node), 0)
 
     def path(self, node: Node) -> str:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -359,6 +377,6 @@ class Tracer:
         record.neurons.add(read.neuron)
         record.max_pooled |= read.max_pooled
 
-    def cost(self, parameters: int, positions: int, out_labels: Array | None, in_labels: Array | None) -> None:
+    def cost(self, parameters: int, positions: float, out_labels: Array | None, in_labels: Array | None) -> None:
         """One multiplication and addition for every parameter at every position (at full width)."""
         self.costs.append(Cost(2.0 * parameters * positions, float(parameters), (out_labels, in_labels)))

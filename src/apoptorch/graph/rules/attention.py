@@ -8,11 +8,12 @@ import torch
 from torch.fx import Node
 
 from ..labels import Field, along, line
-from ..tracer import Flow, Tracer, argument, arguments, op_name, rule, shape
+from ..tracer import Flow, Tracer, argument, arguments, op_name, rule, shape, stack_of
 from .elementwise import meet
 
 Letters = list[str]
 Pair = tuple[Node, Node]
+_PART = "part"  # a dimension of which the operand is one entry
 _TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
@@ -50,9 +51,15 @@ def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, L
 
 
 def _parameter(tracer: Tracer, operand: Node, letters: Letters) -> tuple[Node, Letters]:
-    """The parameter that the operand is a transpose of (x @ weight.T), its letters in the parameter's order."""
+    """The parameter that the operand is a transpose (x @ weight.T) or a part (x @ experts[3]) of, and the letters of
+    all its dimensions."""
     node, own = operand, letters
-    while node not in tracer.tensors and op_name(node) in _TRANSPOSES:
+    while node not in tracer.tensors:
+        if (stack := stack_of(node)) is not None:
+            node, own = stack, [_PART, *own]
+            continue
+        if op_name(node) not in _TRANSPOSES:
+            break
         sizes = torch.empty([*range(1, len(own) + 1)])
         order = node.target(sizes, *arguments(node)[1:], **node.kwargs).shape  # type: ignore[operator]
         own = [letter for _, letter in sorted(zip(order, own, strict=True))]
@@ -69,7 +76,10 @@ def _cost(tracer: Tracer, operands: Pair, flows: Sequence[Flow], dims: Sequence[
             }
             sides = {letters[d] in summed: each.labels for each in flow for d in each.dims}
             positions = math.prod(n for letter, n in sizes.items() if letter not in letters)
-            tracer.cost(math.prod(shape(operand)), positions, sides.get(False), sides.get(True))
+            experts = math.prod(sizes[c] for c in letters if sum(c in own for own in dims) == 1)  # a row meets one
+            whole = math.prod(shape(operand))
+            parameters = whole // sizes.get(_PART, 1)
+            tracer.cost(parameters, positions * whole / experts / parameters, sides.get(False), sides.get(True))
             return
 
 
@@ -130,6 +140,23 @@ def _matmul_letters(x: Node, y: Node) -> tuple[Letters, Letters, Letters]:
     left = batch[len(batch) - max(0, n - 2) :] + (["i", "k"] if n > 1 else ["k"])
     right = batch[len(batch) - max(0, m - 2) :] + (["k", "j"] if m > 1 else ["k"])
     return left, right, batch + (["i"] if n > 1 else []) + (["j"] if m > 1 else [])
+
+
+@rule("_grouped_mm", "grouped_mm_fallback")
+def grouped_product(tracer: Tracer, node: Node) -> None:
+    """Row t of x is multiplied by the matrix of its expert; hidden unit n of all experts is one channel.
+
+    The kernel asks for rows of whole 16 bytes. Its stand-in in transformers' exported graphs doesn't, but isn't what
+    the model runs.
+    """
+    x, weight = arguments(node)[:2]
+    if len(shape(x)) != 2 or len(shape(weight)) != 3 or argument(node, 3, "bias") is not None:
+        flows = [each for used in node.all_input_nodes for each in tracer.flow(used)]
+        tracer.pin_flow(flows, f"{tracer.where(node)} has no rule for products of these shapes")
+        return
+    product(tracer, node, x, weight, (["t", "k"], ["e", "k", "n"], ["t", "n"]))
+    aligned = max(1, 16 // node.meta["val"].element_size())
+    tracer.multiples += [(each.labels, aligned) for each in (*tracer.flow(x), *tracer.known(node))]
 
 
 @rule("addmm")

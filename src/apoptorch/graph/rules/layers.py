@@ -42,18 +42,23 @@ def layer(
 ) -> None:
     """The input's channels at `dim` are read by a weight's columns, its rows (dimension `rows`) make those at
     `out_dim`. `exact`: a constant input gives a constant output. `groups` of a convolution have columns of their own.
+
+    A weight may be one of several in one parameter (experts): all have the same channels, and no bias takes a constant.
     """
     x, weight_node, bias_node = arguments(node)[0], arguments(node)[1], argument(node, 2, "bias")
-    weight, bias = tracer.tensor(weight_node), tracer.tensor(bias_node)
-    if weight is None or (bias_node is not None and bias is None):
-        tracer.pin_flow(tracer.flow(x), f"{tracer.where(node)} reads them with a weight that is computed in forward()")
+    (weight, stacked), (bias, biases) = tracer.part(weight_node), tracer.part(bias_node)
+    unlike = stacked and (groups > 1 or len(shape(weight_node)) < 2)  # parts with parts of their own, vectors
+    if weight is None or (bias_node is not None and bias is None) or unlike:
+        flows = [each for used in (x, weight_node, bias_node) for each in tracer.flow(used)]
+        tracer.pin_flow(flows, f"{tracer.where(node)} reads them with a weight that is computed in forward()")
         return
+    exact = exact and not stacked and not biases
     rest = [each for each in tracer.flow(x) if dim not in each.dims]
     read = tracer.read(x, dim, node)
     sizes = shape(weight_node)
     tracer.uses.setdefault(bias, set()).add(weight)
-    (slots, reason), (columns, _) = layer_slots(tracer, weight, rows), layer_slots(tracer, weight, 1 - rows)
-    makers = [place[:2] for place in slots] + ([(bias, 0)] if bias else [])
+    (slots, reason), (columns, _) = (layer_slots(tracer, weight, side + stacked) for side in (rows, 1 - rows))
+    makers = [place[:2] for place in slots] + ([(bias, biases)] if bias else [])
     made = tracer.produce(sizes[rows], makers, node)
     split = (rows if rows == 0 else 1 - rows, groups) if groups > 1 and rows == 0 else None
     if read is not None:
