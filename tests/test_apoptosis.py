@@ -5,8 +5,6 @@ import inspect
 import json
 import math
 import threading
-import time
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -278,65 +276,6 @@ def test_lbfgs_and_closures():
         optimizer.step(closure)
         apoptosis.step(x, targets=y)
     assert widths(apoptosis)[0] < 64
-
-
-def slow_to_compile(graph, inputs):
-    time.sleep(2.0)
-    return graph.forward
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_look_must_also_make_up_for_compiling_once_more(compiled):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 3))
-    used = torch.compile(model, backend=slow_to_compile) if compiled else model
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    policy = Policy(payback=0.5, first_step=6, samples=64)
-    apoptosis = Apoptosis(
-        used, optimizer, example_inputs=X[:BATCH], loss_fn=F.cross_entropy, total_steps=60, policy=policy
-    )
-    train(used, optimizer, apoptosis, range(6))
-    assert apoptosis._unpaid == compiled
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_is_compiled_again_after_each_of_many_events(in_place):
-    class Net(nn.Module):  # torch doesn't compile its own classes in place
-        def __init__(self):
-            super().__init__()
-            self.body = mlp()
-
-        def forward(self, x):
-            return self.body(x)
-
-    compiles, model = [], Net()
-
-    def counting(graph, inputs):
-        compiles.append([tuple(p.shape) for p in model.parameters()])
-        return graph.forward
-
-    with torch._dynamo.config.patch(recompile_limit=2):
-        model.compile(backend=counting) if in_place else None
-        used = model if in_place else torch.compile(model, backend=counting)
-        apoptosis = Apoptosis(used, example_inputs=X[:BATCH], loss_fn=F.cross_entropy)
-        for floor in (40, 20, 10, 5):
-            used(X[:BATCH])
-            assert compiles[-1] == [tuple(p.shape) for p in model.parameters()]
-            apoptosis.policy = replace(POLICY, guard=99.0, floor=floor)
-            assert apoptosis.apoptose(X[:256], targets=Y[:256], budget=9.0).changes
-        used(X[:BATCH])
-        assert compiles[-1] == [tuple(p.shape) for p in model.parameters()]
-    torch.compiler.reset()
-
-
-def test_compiled_model_is_seen_through():
-    model = mlp()
-    compiled = torch.compile(model)
-    apoptosis = Apoptosis(compiled, torch.optim.SGD(compiled.parameters(), 0.1), example_inputs=X[:BATCH])
-    assert [group.name for group in apoptosis.groups] == ["0", "4", "6"]
-    event = apoptosis.apoptose(X[:256], budget=0.05)
-    assert event.parameters_after == sum(p.numel() for p in model.parameters()) < event.parameters_before
 
 
 def test_gathered_batches_are_copies():

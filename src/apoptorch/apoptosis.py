@@ -8,16 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch._dynamo
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from . import checks
+from . import checks, compilation
 from .batches import Batch, LossFn, split
 from .discovery import discovered
-from .distributed import fingerprint, is_compiled, unwrapped, wrapper_problems
+from .distributed import fingerprint, unwrapped, wrapper_problems
 from .errors import AbandonedError, ArgumentError
 from .evaluation import evaluate, pooled
 from .explain import Outlook, explained
@@ -55,7 +53,7 @@ class Apoptosis:
         loss_fn: LossFn | None = None, total_steps: int | None = None, policy: str | Policy = "normal",
         protect: Sequence[str] = (), followers: Sequence[nn.Module] = (),
     ):  # fmt: skip
-        compiled = is_compiled(model)
+        compiled = compilation.is_compiled(model)
         model, ranks = unwrapped(model)
         checks.checked(ranks.problems([*checks.model_problems(model, ranks)]))
         optimizers = _several(optimizer)
@@ -96,7 +94,9 @@ class Apoptosis:
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
         self._unpaid = False  # the last look was left out, as it would not have paid for itself
         self._thread: int | None = None
-        self._compiled = compiled
+        self._compiled, self._graphs = compiled, -1  # graphs that were compiled up to the last event
+        if compiled and ranks.sharded is None:  # shards are put together in new tensors
+            compilation.follow_widths_(model, groups)
         self._compile_seconds, self._compiles_since = 0.0, time.perf_counter() if compiled else math.inf
         self._stepped = not optimizers
         for item in optimizers:
@@ -254,14 +254,16 @@ class Apoptosis:
         """Is the event expected to save `payback` times its cost in the steps that remain?
 
         Only time that follows the widths can be saved: arithmetic, memory traffic and gradients on the network, not a
-        small network's overhead. Under torch.compile, an event costs what compiling took at the first step.
+        small network's overhead. Under torch.compile, an event costs what compiling took at the first step, unless
+        nothing was compiled after the last one.
         """
         if self.policy.payback == 0 or math.isinf(self._step_seconds):  # inf: resumed on this step, none was timed
             return True
         remaining = (self.total_steps or 2 * self._step) - self._step
         saving = remaining * min(self._step_seconds, self._work()) * self._fraction
         cost = self._event_seconds or self._batches_wanted() * self._step_seconds + 0.03
-        cost += max(0.0, self._compile_seconds - self._step_seconds)  # once more, at the new widths
+        if self._graphs != compilation.graphs():
+            cost += max(0.0, self._compile_seconds - self._step_seconds)
         return saving >= self.policy.payback * cost
 
     def _work(self) -> float:
@@ -307,8 +309,9 @@ class Apoptosis:
         self._scale *= 0.3 if event.rolled_back else 1.0
         self._fraction = max(0.1, 1 - event.flops_after / event.flops_before)  # expected of the next one
         self._event_seconds = event.seconds
-        if self._compiled and event.changes and not event.rolled_back:  # else torch soon compiles no more
-            torch._dynamo.config.recompile_limit += 1
+        if self._compiled and event.changes and not event.rolled_back:
+            self._graphs = compilation.graphs()
+            compilation.compile_once_more_()
         return event
 
     # -- at each step ----------------------------------------------------------------------------------------

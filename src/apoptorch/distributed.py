@@ -265,12 +265,6 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Ranks]:
     return getattr(model.module, "_orig_mod", model.module), ranks
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Is the model, or a module of it, compiled: by torch.compile or its own method?"""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return any(hasattr(item, "_orig_mod") or getattr(item, "_compiled_call_impl", None) for item in modules)
-
-
 def wrapper_problems(ranks: Ranks, policy: Any) -> Iterator[str]:
     """What the DDP wrapper must not be set to, and what can't be done with a sharded model."""
     if ranks.sharded is not None and getattr(policy, "cost", "") == "milliseconds":
