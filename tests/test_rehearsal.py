@@ -231,3 +231,30 @@ def test_a_transposed_matrix_that_another_op_reads_stays():
     model, x = Turned(), torch.randn(48, 5)
     event = Apoptosis(model, example_inputs=x, policy=HALVING).apoptose(x)
     assert (event.changes, model.first.out_features) == ((), 12)
+
+
+class Auxiliary(nn.Module):
+    """As GoogLeNet: in training mode a second head reads the hidden neurons too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.side, self.end = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        return (self.last(hidden), self.end(self.side(hidden).relu())) if self.training else self.last(hidden)
+
+
+def test_what_only_training_reads_keeps_its_width():
+    """No calibration sees the auxiliary head's neurons; those that it shares with the other head go as ever."""
+    torch.manual_seed(0)
+    model, x = Auxiliary().double(), torch.randn(48, 5, dtype=torch.float64)
+    outcome, apoptosis = planted(model, (x,), most=8)
+    assert outcome.problems == []
+    assert outcome.left["first"] == 6
+    (side,) = [group for group in apoptosis.groups if group.name == "side"]
+    assert not side.prunable
+    assert "training mode only" in side.reason
+    assert model.side.weight.shape == (8, 6)
+    model.train()(x)[1].sum().backward()

@@ -5,6 +5,7 @@ narrowed model runs on tensors without data, and is traced again: it must have t
 is an integer attribute of a module (`self.hidden = 64`), that may follow the group's width: it is tried.
 """
 
+import contextlib
 import logging
 import os
 import traceback
@@ -18,16 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .calibrate import calibrating
 from .errors import ApoptosisError
 from .graph import assemble, traced
 from .plan import ChannelGroup, FoldPlan, SizeAttribute, Slot
-from .surgery import Surgery, attributes
+from .surgery import Surgery, attributes, named_tensors
 
 _FEW, _CANDIDATES = 16, 5
 _SCALE = "forward() computes with a number that follows their size (the scale of a softmax?)"
+_IDLE = (
+    "forward() reads them in training mode only (an auxiliary head?): calibration, in eval mode, has nothing to go by"
+)
 _TORCH = os.path.dirname(torch.__file__)
 Numbers = list[tuple[str, tuple[float, ...]]]
 Places = tuple[int, frozenset[tuple[str, Slot]]]
@@ -71,15 +76,25 @@ class _Rehearsal:
             try:
                 plans = [_without_last(group) for group in self.groups if group.name in names]
                 narrowed = surgery.fold_all_(self.groups, plans)
-                error = _failure(self.model, self.args, self.kwargs)
+                seen = _Seen()
+                error = _failure(self.model, self.args, self.kwargs, seen)
                 reasons, numbers = self.unlike(narrowed, names) if error is None else ({}, [])
             finally:
                 surgery.undo_()
         if error is not None:
             reasons = self.blamed(names, error)
+        elif idle := [group.name for group in self.groups if group.name in names and self.is_idle(group, seen)]:
+            reasons |= dict.fromkeys(idle, _IDLE)
         elif not reasons and any(group.sizes for group in self.groups) and numbers != self.numbers:
             reasons = {group.name: _SCALE for group in self.groups if group.sizes}
         return {g.name: self.resolved(g, reasons[g.name]) for g in self.groups if g.name in reasons}
+
+    def is_idle(self, group: ChannelGroup, seen: "_Seen") -> bool:
+        """Does a forward pass in eval mode use none of the weights that read the group?"""
+        tensors = named_tensors(self.model)
+        weights = [tensors.get(consumer.weight.tensor) for consumer in group.consumers]
+        computed = any(weight is None for weight in weights)  # by a parametrization
+        return not computed and not any(id(weight) in seen.tensors for weight in weights)
 
     def resolved(self, group: ChannelGroup, reason: str) -> ChannelGroup:
         error = None if group.sizes else self.failure_of(group)
@@ -160,7 +175,21 @@ class _Rehearsal:
         return reasons, tracer.numbers()
 
 
-def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+class _Seen(TorchFunctionMode):
+    """Notes the tensors that ops are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tensors.update(id(leaf) for leaf in tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
+def _failure(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seen: _Seen | None = None
+) -> Exception | None:
     """How forward() fails, on tensors without data, which code that keeps tensors (a cache) must not keep."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     quiet, log.disabled = log.disabled, True
@@ -168,7 +197,8 @@ def _failure(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with calibrating(model), torch.no_grad(), _compiling_state_context(), fakes as mode:
             fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
-            model(*fake[0], **fake[1])
+            with seen or contextlib.nullcontext():
+                model(*fake[0], **fake[1])
     except Exception as error:  # a forward pass raises whatever the user wrote
         return error
     finally:
