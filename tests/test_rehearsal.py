@@ -258,3 +258,30 @@ def test_what_only_training_reads_keeps_its_width():
     assert "training mode only" in side.reason
     assert model.side.weight.shape == (8, 6)
     model.train()(x)[1].sum().backward()
+
+
+class Rescaled(nn.Module):
+    """As RWKV: in eval mode a weight is half as large, which forward() sees to when the mode has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.halved = nn.Linear(5, 12), nn.Linear(12, 3), False
+
+    def forward(self, x):
+        if self.halved == self.training:
+            with torch.no_grad():
+                self.last.weight.mul_(2.0 if self.training else 0.5)
+            self.halved = not self.training
+        return self.last(self.first(x).tanh() * (1.0 if self.training else 2.0))
+
+
+def test_what_forward_notes_without_data_is_forgotten():
+    """Else the weight would stay as it is, and the flag say that it is half as large."""
+    torch.manual_seed(0)
+    model, x = Rescaled().double(), torch.randn(48, 5, dtype=torch.float64)
+    expected = model(x)
+    group = found(model, x)["first"]
+    assert group.prunable
+    assert not model.halved
+    assert torch.equal(model(x), expected)
+    assert planted(model, (x,), most=8)[0].problems == []

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .calibrate import calibrating
 from .errors import ApoptosisError
-from .graph import assemble, traced
+from .graph import assemble, rehearsing, traced
 from .plan import ChannelGroup, FoldPlan, SizeAttribute, Slot
 from .surgery import Surgery, attributes, named_tensors
 
@@ -195,7 +195,7 @@ def _failure(
     quiet, log.disabled = log.disabled, True
     try:
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        with calibrating(model), torch.no_grad(), _compiling_state_context(), fakes as mode:
+        with rehearsing(model), calibrating(model), torch.no_grad(), _compiling_state_context(), fakes as mode:
             fake = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, (args, kwargs))
             with seen or contextlib.nullcontext():
                 model(*fake[0], **fake[1])

@@ -7,13 +7,24 @@ from torch import nn
 
 from ..plan import ChannelGroup, CostTerm
 from . import rules as rules  # registers the rules
-from .capture import capture, preserved
+from .capture import capture, preserved, rehearsing
 from .chain import Link, chain
 from .groups import assemble
 from .heads import with_whole_heads
 from .tracer import Tracer, attribute
 
-__all__ = ["Link", "Tracer", "assemble", "attribute", "preserved", "trace", "trace_chain", "traced", "with_whole_heads"]
+__all__ = [
+    "Link",
+    "Tracer",
+    "assemble",
+    "attribute",
+    "preserved",
+    "rehearsing",
+    "trace",
+    "trace_chain",
+    "traced",
+    "with_whole_heads",
+]
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[ChannelGroup], list[CostTerm]]:

@@ -44,6 +44,18 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextlib.contextmanager
+def rehearsing(model: nn.Module) -> Iterator[None]:
+    """What forward() writes into its modules' attributes on tensors without data (a cache, a flag) goes again."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...] = (True, False)
 ) -> torch.export.ExportedProgram:
@@ -55,7 +67,8 @@ def capture(
     failures = []
     for training in modes:
         output = io.StringIO()  # a failing export prints its whole graph
-        with preserved(model), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        quiet = contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)
+        with rehearsing(model), preserved(model), quiet[0], quiet[1]:
             model.train(training)
             try:
                 return torch.export.export(model, args, kwargs, strict=False)
