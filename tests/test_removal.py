@@ -267,6 +267,68 @@ def test_no_event_exceeds_a_limit_that_was_asked_for(loss_fn):
     assert {True, False} == set(outcomes)  # small removals can be shown, large ones can't
 
 
+def most_breaches(events, share):
+    """How many of the events may break a limit that each breaks with at most that probability, but for one run in
+    a thousand."""
+    chances = [math.comb(events, k) * share**k * (1 - share) ** (events - k) for k in range(events + 1)]
+    return next(k for k in range(events + 1) if math.fsum(chances[: k + 1]) >= 0.999)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "limit", "most", "samples"),
+    [
+        (F.cross_entropy, "max_changed_predictions", 0.05, 400),
+        (F.cross_entropy, "max_loss_increase", 0.03, 1200),
+        (F.mse_loss, "max_loss_increase", 0.1, 800),
+    ],
+)
+def test_limits_hold_in_the_events_of_training_runs(loss_fn, limit, most, samples):
+    """Statements 17 and 18: on 20,000 new inputs, events break their limit no more often than the confidence says;
+    one that can't show it changes nothing."""
+    done, undone, breaches = 0, 0, 0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        teacher = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4)).requires_grad_(False)
+
+        def draw(count, teacher=teacher):
+            x = torch.randn(count, 10)
+            y = 4 * teacher(x) + 0.3 * torch.randn(count, 4)
+            return x, y if loss_fn is F.mse_loss else y.argmax(1)
+
+        model = nn.Sequential(nn.Linear(10, 48), nn.Tanh(), nn.Linear(48, 4))
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        policy = Policy(
+            multiple=1, floor=1, guard=1e9, tolerance=1e9, samples=samples, rebalance=False, **{limit: most}
+        )
+        apoptosis = Apoptosis(model, optimizer, example_inputs=draw(4)[0], loss_fn=loss_fn, policy=policy)
+        new_x, new_y = draw(20_000)
+        for look in range(20):
+            for _ in range(20):
+                x, y = draw(64)
+                optimizer.zero_grad()
+                loss_fn(model(x), y).backward()
+                optimizer.step()
+            before, state = model(new_x).detach(), copy.deepcopy(model.state_dict())
+            x, y = draw(2 * samples)
+            event = apoptosis.apoptose(x, targets=y, budget=(0.002, 0.005, 0.015, 0.06)[look % 4])
+            if event.certificate is None:  # nothing could go within the budget
+                continue
+            counts = limit == "max_changed_predictions"
+            upper = event.certificate.changed_upper if counts else event.certificate.loss_upper
+            assert event.rolled_back == (upper > most)
+            if event.rolled_back:
+                undone += 1
+                assert f"can't be shown at confidence {policy.confidence:g}" in event.reason
+                assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+                continue
+            after, done = model(new_x).detach(), done + 1
+            flips = (after.argmax(1) != before.argmax(1)).double().mean()
+            breaches += float(flips if counts else loss_fn(after, new_y) - loss_fn(before, new_y)) > most
+    assert done + undone >= 30
+    assert min(done, undone) >= 5, "the limit decides nothing"
+    assert breaches <= most_breaches(done + undone, 1 - policy.confidence)
+
+
 def test_without_classes_no_share_of_changed_predictions_can_be_shown():
     model, (x, y), _ = unfinished(0, F.mse_loss, 5)
     policy = Policy(multiple=1, floor=1, max_changed_predictions=0.5)
