@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apoptorch.bounds import activation_rounding
+from apoptorch.bounds import activation_rounding, dot_rounding
 from apoptorch.neurons import NEURONS, activation, neuron, range_error, reach
 from apoptorch.redundancy import search_weights
-from apoptorch.redundancy.weights import Pairs
+from apoptorch.redundancy.weights import GatedPairs, Pairs
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "fuzz.json", ROOT / "docs" / "fuzz.md"
@@ -124,6 +124,31 @@ def folds(spec: str, rows: Rows, input_norm: float, dtype: torch.dtype, generato
         yield _result(spec, "7", change.norm(dim=1).max()[None], bound, slack)
 
 
+def gated(spec: str, n: int, d: int, input_norm: float, dtype: torch.dtype, generator: torch.Generator) -> list[Result]:
+    """Statement 9: every unit w~.x~ f(u~.x~) by the best other one, and by a constant."""
+    known, index, both = neuron(spec), torch.arange(n), layer(n, 2 * d + 1, generator)
+    factor = torch.where(torch.rand(n, 1, generator=generator) < 0.5, 1.0, 3 * torch.randn(n, 1, generator=generator))
+    rows, gates = (factor * both[:, : d + 1]).to(dtype).double(), both[:, d + 1 :].to(dtype).double()
+    pairs = GatedPairs(rows, gates, known, input_norm, max_pooled=False)
+    bound, onto, turn = pairs.nearest(index, torch.ones_like(index, dtype=torch.bool))
+    error, value = pairs.range_error(True)
+    turn = torch.where(bound.isfinite(), turn, 0.0)
+    w, u, noise = rows[:, :-1], gates[:, :-1], torch.randn(n, d, generator=generator, dtype=torch.float64)
+    ways = [w - turn[:, None] * w[onto], w, u - u[onto], u, noise]
+    unit = [way / way.norm(dim=1, keepdim=True).clamp(min=1e-300) for way in ways]
+    x = _inputs(torch.stack([*unit, unit[1] + unit[2], unit[1] - unit[2], unit[1] + unit[3]]), input_norm)
+    a, other = (_active(rows[i], x, "linear", dtype) * _active(gates[i], x, spec, dtype) for i in (index, onto))
+    size, most = reach(rows, input_norm), range_error(known, gates, input_norm, False)[0]
+    wrong = activation_rounding(known, reach(gates, input_norm), d, dtype) + JUMP.get(spec, 0.0)
+    rounding = size * wrong + dot_rounding(d + 2, dtype) * size * (most + wrong)
+    of_pair = rounding + turn.abs() * rounding[onto]
+    of_pair = torch.where((bound == 0) & of_pair.isinf(), 0.0, of_pair)
+    return [
+        _result(spec, "9", (a - turn * other).abs(), bound * (1 + 1e-12), of_pair),
+        _result(spec, "9", (a - value).abs(), error * (1 + 1e-12), rounding),
+    ]
+
+
 def cases(specs: list[str], rounds: int, n: int, seed: int) -> Iterator[Result]:
     """`rounds` layers of n neurons, of 1 to 63 inputs with norms of 0.01 to 100, and as many of 24 for each type."""
     generator = torch.Generator().manual_seed(seed)
@@ -136,6 +161,7 @@ def cases(specs: list[str], rounds: int, n: int, seed: int) -> Iterator[Result]:
             yield replacements(spec, rows, input_norm, dtype, generator)
             yield constants(spec, rows, input_norm, dtype, generator)
             yield from folds(spec, rows[:24], input_norm, dtype, generator)
+            yield from gated(spec, n // 4, d, input_norm, dtype, generator)
 
 
 def summary(results: Iterator[Result]) -> dict[str, dict]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from . import checks
 from .batches import Batch, LossFn, split
 from .bounds import may_flip
-from .closed_form import Outcome, fold_chain_
+from .closed_form import Outcome, fold_chain_, rounding
 from .discovery import discovered
 from .evaluation import evaluate
 from .graph import trace_chain
@@ -30,8 +30,9 @@ def shrink(
     """Remove what is redundant in a trained model, in place, and say what it may cost. Modes and names stay.
 
     With `calibration` neurons are folded by regression on that data, and a removal that hurts held-out data more than
-    predicted is undone. Without, only closed forms are used: dead, constant, parallel, close and reflected neurons,
-    in models that are one chain of layers (`closed_form`); dropout counts as off, batch norm must be in eval mode.
+    predicted is undone. Without, only closed forms are used: dead, constant, parallel, close and reflected neurons and
+    gated units, in models that are one chain of layers (`closed_form`); dropout counts as off, batch norm must be in
+    eval mode.
 
     Args:
         model: the network; a model in eval mode is calibrated in eval mode.
@@ -41,7 +42,8 @@ def shrink(
         budget: with `calibration`, predicted increase of the loss, in its units (without `loss_fn`: relative mean
             squared change of the output). None: as much as policy "normal" finds the saved cost to be worth.
         bound: without `calibration`, limit on the change of the output (Euclidean norm, one input). None: what
-            rounding may change anyway (`closed_form.rounding`), so that only exact redundancy goes.
+            rounding may change of the model's output on `example_inputs` (`closed_form.rounding`), so that only exact
+            redundancy goes.
         input_norm: without `calibration`, largest Euclidean norm of one input for which `bound` must hold. None: that
             of `example_inputs`, which should then be real data.
         loss_fn: `loss_fn(output, targets)` -> mean loss.
@@ -91,8 +93,9 @@ def _from_weights(
     if isinstance(links, str):
         outcome = Outcome([], {}, {g.name: g.reason or f"no closed form: {links}" for g in network.groups})
     else:
+        limit = rounding(model, links, _output_norm(model, args, kwargs)) if bound is None else bound
         with Surgery(model) as surgery:
-            outcome = fold_chain_(model, network.groups, links, norm, bound, surgery)
+            outcome = fold_chain_(model, network.groups, links, norm, limit, surgery)
     network.groups = [outcome.shrunk.get(group.name, group) for group in network.groups]
     total = math.fsum(plan.bound or 0.0 for plan in outcome.plans)
     changes = tuple(
@@ -127,6 +130,12 @@ def _reason(network: Network, outcome: Outcome, norm: float) -> str:
         f"no neuron of {', '.join(searched)} can go within the bound for inputs of norm up to {norm:g}: "
         "give calibration data, or a larger `bound`"
     )
+
+
+def _output_norm(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Largest Euclidean norm of what the model makes of one of the example inputs."""
+    output = evaluate(model, [Batch(args, kwargs)], None).outputs[0]
+    return float(output.double().flatten(1).norm(dim=1).max())
 
 
 def _largest_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -27,17 +27,20 @@ class Link:
     """One op of a chain.
 
     Attributes:
-        kind: "layer" (linear, convolution), "norm" (batch norm in eval mode), "neuron" (elementwise), "max_pool",
+        kind: "layer" (linear, convolution, or two that read the same tensor), "norm" (batch norm in eval mode),
+            "neuron" (elementwise), "gate" (one half of what it reads times the neuron of the other), "max_pool",
             "mean_pool", "padded_pool" (a mean over zeros beside the image too), "same" (the same entries, in another
             order) or "other".
         where: the op as a user knows it.
         size: entries of its output for one input.
-        tensors: of a layer: weight, bias; of a norm: scale, shift, running mean and variance; of a PReLU: its slopes.
-            None: there is none.
+        tensors: of a layer: weight, bias (and again those of the second one, that of the gate); of a norm: scale,
+            shift, running mean and variance; of a PReLU: its slopes. None: there is none.
         channels: of a layer's or a norm's output, which has size / channels positions.
         overlap: at how many positions a layer reads one entry, at most.
         eps: of a norm.
         neuron: the elementwise function.
+        gate_first: of a gate: the neuron reads the first half, not the second one.
+        gain, offset: see above; a gate has none for inputs of every norm.
     """
 
     kind: str
@@ -48,6 +51,7 @@ class Link:
     overlap: int = 1
     eps: float = 0.0
     neuron: Neuron | None = None
+    gate_first: bool = False
     gain: float = 1.0
     offset: float = 0.0
 
@@ -78,21 +82,82 @@ def chain(tracer: Tracer) -> list[Link] | str:
         return f"{tracer.where(shared[0])} changes in place what other ops read too"
     links: list[Link] = []
     while True:
-        call, sources = _call(tracer, node, data)
-        if len(sources) != 1:
-            return f"{tracer.where(node)} joins {len(sources)} tensors that depend on the input: no chain of layers"
-        if node.op == "call_function":
-            known = call or _LINKS.get(op_name(node), _unknown)(tracer, node)
-            if isinstance(known, str):
-                return f"{tracer.where(node)} {known}"
-            links.append(Link(where=tracer.where(node), size=math.prod(_sizes(node)[1:]), **known))
-            if _sizes(node)[:1] != _sizes(sources[0])[:1]:
-                return f"{tracer.where(node)} changes dimension 0, which must count the inputs of a batch"
-        node = sources[0]
+        found = _gated(tracer, node, data) or _single(tracer, node, data)
+        if isinstance(found, str):
+            return f"{tracer.where(node)} {found}"
+        links += found[0]
+        node = found[1]
         if not _value(node).is_floating_point():
             return f"{tracer.where(node)} gives no floating-point numbers"
         if node.op == "placeholder":
             return links[::-1]
+
+
+def _single(tracer: Tracer, node: Node, data: set[Node]) -> tuple[list[Link], Node] | str:
+    """The link that the node is, if any, and what it reads; or in words why it is none."""
+    call, sources = _call(tracer, node, data)
+    if len(sources) != 1:
+        return f"joins {len(sources)} tensors that depend on the input: no chain of layers"
+    if node.op != "call_function":
+        return [], sources[0]
+    known = call or _LINKS.get(op_name(node), _unknown)(tracer, node)
+    if isinstance(known, str):
+        return known
+    if _sizes(node)[:1] != _sizes(sources[0])[:1]:
+        return "changes dimension 0, which must count the inputs of a batch"
+    return [_made(tracer, node, known)], sources[0]
+
+
+def _made(tracer: Tracer, node: Node, known: Known) -> Link:
+    return Link(**{"where": tracer.where(node), "size": math.prod(_sizes(node)[1:]), **known})
+
+
+def _gated(tracer: Tracer, node: Node, data: set[Node]) -> tuple[list[Link], Node] | None:
+    """The links of a product a f(b), the last one first, and what they read; None if it is no such product.
+
+    a and b are the halves of one tensor, or what two layers of one shape make of one tensor.
+    """
+    factors = node.all_input_nodes
+    if op_name(node) != "mul" or len(factors) != 2 or any(each.op != "call_function" for each in factors):
+        return None
+    neurons = [_pointwise(tracer, each) if op_name(each) in POINTWISE else None for each in factors]
+    known: Any = neurons[0] or neurons[1] or {"neuron": neuron("linear")}
+    if all(neurons) or isinstance(known, str) or known["neuron"].function is None:
+        return None
+    made: list[Any] = [each.args[0] if f else each for each, f in zip(factors, neurons, strict=True)]
+    value, gate = made[::-1] if neurons[0] else made
+    if value is gate or op_name(value) != op_name(gate) or _sizes(value) != _sizes(gate):
+        return None
+    link: Known = {"kind": "gate", "neuron": known["neuron"]}
+    source: Any = value.args[0]
+    if not isinstance(source, Node) or source not in data or gate.args[0] is not source:
+        return None
+    if op_name(value) == "getitem":
+        whole: Any = source.args[0]
+        halves = sorted([value.args[1], gate.args[1]]) == [0, 1] and len(source.meta["val"]) == 2
+        if not halves or op_name(source) not in _HALVES or _sizes(whole)[0] != _sizes(value)[0]:
+            return None
+        return [_made(tracer, node, {**link, "gate_first": value.args[1] == 1})], whole
+    layer = _two_layers(tracer, value, gate)
+    return None if layer is None else ([_made(tracer, node, link), _made(tracer, value, layer)], source)
+
+
+_HALVES = ("chunk", "split", "split_with_sizes")
+
+
+def _two_layers(tracer: Tracer, one: Node, other: Node) -> Known | None:
+    """Two layers that read one tensor in the same way, as one layer."""
+    rule = _LINKS.get(op_name(one), _unknown)
+    if rule not in (_linear, _convolution):
+        return None
+    first, second = rule(tracer, one), rule(tracer, other)
+    how = [(each.args[3:], each.kwargs, _sizes(each.args[1])) for each in (one, other)]  # type: ignore[arg-type]
+    if how[0] != how[1] or isinstance(first, str) or isinstance(second, str):
+        return None
+    return {
+        **first, "tensors": first["tensors"] + second["tensors"], "channels": 2 * first["channels"],
+        "size": 2 * math.prod(_sizes(one)[1:]),
+    }  # fmt: skip
 
 
 def _data_nodes(tracer: Tracer) -> tuple[set[Node], Node]:
@@ -224,6 +289,11 @@ def _pointwise(tracer: Tracer, node: Node) -> Known | str:
     if not known.homogeneous and known.function is None:
         return "has no closed form"
     return {**_elementwise(known, node), "tensors": tensors}
+
+
+@_link("glu")
+def _glu(tracer: Tracer, node: Node) -> Known | str:
+    return {"kind": "gate", "neuron": neuron("sigmoid")}
 
 
 @_link(*CONSTANT_OPS)

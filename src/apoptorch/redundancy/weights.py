@@ -29,8 +29,8 @@ class WeightFold:
 class WeightSearch:
     """Removals in the order in which they cost least; every prefix of them is a valid fold.
 
-    Removal j replaces neuron `removed[j]` by `coeff[j]` times neuron `onto[j]`, which outlives all of them, plus
-    `shift[j]` (`onto[j]` = -1: by the constant alone). `bound[j]`: worst case of the first j removals together.
+    Removal j replaces neuron `removed[j]` by `coeff[j]` times neuron `onto[j]`, which is still there, plus `shift[j]`
+    (`onto[j]` = -1: by the constant alone). `bound[j]`: worst case of the first j removals together.
     """
 
     n: int
@@ -48,12 +48,12 @@ class WeightSearch:
 
     def fold(self, width: int) -> WeightFold:
         m = self.n - width
-        removed, onto = self.removed[:m], self.onto[:m]
-        keep = others(removed, self.n)
-        coeffs = self.coeff.new_zeros(self.n, self.n)
-        coeffs[keep, keep] = 1.0
-        coeffs[removed, onto.clamp(min=0)] = torch.where(onto >= 0, self.coeff[:m], 0.0)
-        shift = self.coeff.new_zeros(self.n).index_copy_(0, removed, self.shift[:m])
+        keep = others(self.removed[:m], self.n)
+        coeffs, shift = torch.eye(self.n).to(self.coeff), self.coeff.new_zeros(self.n)
+        for i, j, coeff, constant in zip(self.removed[:m], self.onto, self.coeff, self.shift, strict=False):
+            if j >= 0:
+                coeffs[:, j] += coeff * coeffs[:, i]
+            shift += constant * coeffs[:, i]
         return WeightFold(keep, coeffs[:, keep], shift, float(self.bound[m]))
 
 
@@ -68,11 +68,12 @@ def fold_from_weights(
     floor: int = 1,
     constant: bool = True,
     max_pooled: bool = False,
+    gates: Float[Tensor, "n d+1"] | None = None,
 ) -> WeightFold:
     """Remove as many neurons as stay within `bound`; arguments as in `search_weights`."""
     search = search_weights(
         rows, neuron, outgoing,
-        input_norm=input_norm, bound=bound, floor=floor, constant=constant, max_pooled=max_pooled,
+        input_norm=input_norm, bound=bound, floor=floor, constant=constant, max_pooled=max_pooled, gates=gates,
     )  # fmt: skip
     n = len(rows)
     return search.fold(min(n, round_up(max(n - len(search.removed), min(floor, n)), multiple)))
@@ -88,12 +89,13 @@ def search_weights(
     floor: int = 1,
     constant: bool = True,
     max_pooled: bool = False,
+    gates: Float[Tensor, "n d+1"] | None = None,
 ) -> WeightSearch:
     """Dead, constant, parallel, Lipschitz-close and reflected neurons, from the weights alone.
 
-    Removing neuron i moves the consumer by v_i (a_i - coeff a_j - shift), so by at most |v_i| times the error of
-    its replacement; several removals move it by at most the sum (triangle inequality), because each one is
-    replaced by a survivor itself, never by another removed neuron. Greedy: the least such bound goes next.
+    Removing neuron i moves the consumer by v_i (a_i - coeff a_j - shift), so by at most |v_i| times the error of its
+    replacement, and adds coeff v_i to v_j; several removals one after the other move it by at most the sum
+    (statement 7). Greedy: the least such bound goes next.
 
     Args:
         rows: weights and bias of each neuron, batch norm folded in.
@@ -103,30 +105,33 @@ def search_weights(
         floor: least number of survivors.
         constant: whether the consumer can take a shift exactly.
         max_pooled: the neurons pass a max pooling, so no replacement may have a negative sign.
+        gates: weights and bias behind `neuron`, whose value multiplies that of `rows` (gated units).
     """
-    check_finite(rows=rows, outgoing=outgoing)
+    check_finite(rows=rows, outgoing=outgoing, **({} if gates is None else {"gates": gates}))
     rows, outgoing = rows.double(), outgoing.double()
     n, index = len(rows), torch.arange(len(rows), device=rows.device)
-    pairs = Pairs(rows, neuron, input_norm, constant=constant, max_pooled=max_pooled)
-    error, value = range_error(neuron, rows, input_norm, constant)
-    alone = product(outgoing, error)
-    alive, absorber = torch.ones_like(index, dtype=torch.bool), torch.zeros_like(index, dtype=torch.bool)
+    if gates is None:
+        pairs = Pairs(rows, neuron, input_norm, constant=constant, max_pooled=max_pooled)
+        error, value = range_error(neuron, rows, input_norm, constant)
+    else:
+        pairs = GatedPairs(rows, gates.double(), neuron, input_norm, max_pooled=max_pooled)
+        error, value = pairs.range_error(constant)
+    alive, outgoing = torch.ones_like(index, dtype=torch.bool), outgoing.clone()
     distance, onto, turn = pairs.nearest(index, alive)
     found: list[tuple[int, int, float, float, float]] = []
     total = 0.0
     while n - len(found) > max(floor, 1):
-        together = product(outgoing, distance)
-        price = torch.where(alive & ~absorber, torch.minimum(alone, together), torch.inf)
+        price = torch.where(alive, product(outgoing, torch.minimum(error, distance)), torch.inf)
         i = int(price.argmin())
         if not math.isfinite(float(price[i])) or total + float(price[i]) > bound:
             break
         total += float(price[i])
         alive[i] = False
-        if alone[i] <= together[i]:
+        if error[i] <= distance[i]:
             found.append((i, -1, 0.0, float(value[i]), total))
         else:
-            absorber[onto[i]] = True
             coeff, shift = pairs.replacement(turn[i])
+            outgoing[onto[i]] += coeff.abs() * outgoing[i]
             found.append((i, int(onto[i]), float(coeff), float(shift), total))
         if len(lost := (alive & (onto == i)).nonzero()[:, 0]):  # their nearest neuron has gone
             distance[lost], onto[lost], turn[lost] = pairs.nearest(lost, alive)
@@ -201,5 +206,71 @@ class Pairs:
             turn = torch.where(inner < 0, -1.0, 1.0) if self.reflects else torch.ones_like(inner)
         distance = reach(self.rows[index, None] - turn[..., None] * self.rows[candidates], self.input_norm)
         distance = torch.where(usable.gather(1, candidates), product(self.neuron.lipschitz, distance), torch.inf)
+        distance, best = distance.min(1, keepdim=True)
+        return distance[:, 0], candidates.gather(1, best)[:, 0], turn.gather(1, best)[:, 0]
+
+
+class GatedPairs(Pairs):
+    """How well one gated unit (w~.x~) f(u~.x~) replaces another: by t (w_j~.x~) f(u_j~.x~), t the regression
+    coefficient of the w~ (docs/theory.md, statement 9).
+
+    Where f is homogeneous or has a reflection without offset, the units are first written with gates of norm 1, or
+    of one of the two signs: the same functions.
+    """
+
+    def __init__(
+        self,
+        rows: Float64[Tensor, "n d+1"],
+        gates: Float64[Tensor, "n d+1"],
+        neuron: Neuron,
+        input_norm: float,
+        *,
+        max_pooled: bool,
+    ):
+        sign, offset = neuron.reflection or (1.0, 0.0)
+        if neuron.homogeneous:
+            size = gates.norm(dim=1, keepdim=True)
+            size = torch.where(size > 0, size, 1.0)
+            rows, gates = rows * size, gates / size
+        if neuron.reflection is not None and offset == 0:
+            turned = gates.gather(1, gates.abs().argmax(1, keepdim=True)) < 0
+            rows, gates = torch.where(turned, sign, 1.0) * rows, torch.where(turned, -1.0, 1.0) * gates
+        super().__init__(rows, neuron, input_norm, constant=False, max_pooled=max_pooled)
+        self.gates, self.max_pooled = gates, max_pooled
+        self.scaled_gates = torch.cat([gates[:, :-1] * input_norm, gates[:, -1:]], 1)
+        self.most, _ = range_error(neuron, gates, input_norm, False)
+
+    def range_error(self, constant: bool) -> tuple[Float64[Tensor, " n"], Float64[Tensor, " n"]]:
+        """(error, value) of each unit as `neurons.range_error` gives them, by f(u~.x~) as a constant and b of w~."""
+        if not constant:
+            return product(reach(self.rows, self.input_norm), self.most), torch.zeros_like(self.most)
+        error, value = range_error(self.neuron, self.gates, self.input_norm, True)
+        bias, radius = self.rows[:, -1], self.input_norm * self.rows[:, :-1].norm(dim=-1)
+        return product(radius, self.most) + product(bias.abs(), error), bias * value
+
+    def replacement(
+        self, turn: Float64[Tensor, "*batch"]
+    ) -> tuple[Float64[Tensor, "*batch"], Float64[Tensor, "*batch"]]:
+        return turn, torch.zeros_like(turn)
+
+    def _nearest(
+        self, index: Int64[Tensor, " m"], alive: Bool[Tensor, " n"], tries: int
+    ) -> tuple[Float64[Tensor, " m"], Int64[Tensor, " m"], Float64[Tensor, " m"]]:
+        rows, gates, most = self.scaled[index], self.scaled_gates[index], self.most[index, None]
+        slope = self.neuron.lipschitz if math.isfinite(self.neuron.lipschitz) else 1.0
+        gram, size = rows @ self.scaled.T, self.square.clamp(min=1e-300)
+        apart = torch.cdist(gates, self.scaled_gates)
+        estimate = (self.square[index, None] - gram**2 / size).clamp(min=0).sqrt() * most
+        estimate += gram.abs() / size.sqrt() * slope * apart
+        usable = alive & ((gram > 0) if self.max_pooled else (gram != 0))
+        usable[torch.arange(len(index), device=index.device), index] = False
+        candidates = torch.where(usable, estimate.nan_to_num(torch.inf), torch.inf).topk(tries, largest=False).indices
+        other = self.scaled[candidates]
+        turn = (rows[:, None] * other).sum(-1) / (other * other).sum(-1).clamp(min=1e-300)
+        value = reach(self.rows[index, None] - turn[..., None] * self.rows[candidates], self.input_norm)
+        gate = reach(self.gates[index, None] - self.gates[candidates], self.input_norm)
+        scale = turn.abs() * reach(self.rows[candidates], self.input_norm)
+        distance = product(most, value) + product(scale, product(self.neuron.lipschitz, gate))
+        distance = torch.where(usable.gather(1, candidates), distance, torch.inf)
         distance, best = distance.min(1, keepdim=True)
         return distance[:, 0], candidates.gather(1, best)[:, 0], turn.gather(1, best)[:, 0]
