@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from apoptorch import Apoptosis, Policy
+from apoptorch.batches import Batch, split
 from apoptorch.neurons import neuron
 from apoptorch.plan import ChannelGroup, Event, Slot
 from apoptorch.surgery import named_tensors
@@ -57,7 +58,8 @@ class Outcome:
     Attributes:
         planted: for each group the width that must be left at most.
         left: for each of them the width that was left.
-        output: relative change of the outputs in eval mode.
+        output: relative change of the outputs in eval mode; where more than the copies went, on the inputs that were
+            planned on (a neuron that is dead on all of these may be alive on another).
         step: difference of the outputs after one training step, against the tied full model, relative to what the
             step changed; None if not compared: where more than the copies was redundant, among others.
         event: the removal.
@@ -110,10 +112,11 @@ def planted(
     settle_(model, args, kwargs)
     full, before = copy.deepcopy(model), outputs(model, args, kwargs)
     event = apoptosis.apoptose(*args, **kwargs, budget=BUDGET[next(model.parameters()).dtype])
-    after = outputs(model, args, kwargs)
-    output, step = float((after - before).norm() / before.norm()), None
-    left = {group.name: group.width for group in apoptosis.groups}
+    left, step = {group.name: group.width for group in apoptosis.groups}, None
     exact = all(left[group.name] == len(classes[group.name].distinct) for group in groups)
+    seen = Batch(tuple(args), kwargs) if exact else split(Batch(tuple(args), kwargs))[0]
+    expected, found = (outputs(each, seen.args, seen.kwargs) for each in (full, model))
+    output = float((found - expected).norm() / expected.norm())
     if groups and exact and not parallel and not _computed(full, groups):
         rate = descend_(full, args, kwargs, lambda: tie_gradients_(full, groups, classes))
         descend_(model, args, kwargs, lambda: None, rate)

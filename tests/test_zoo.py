@@ -18,7 +18,7 @@ COVERED = {
     "lenet": 0.99,
     "plain-cnn": 0.99, "residual-cnn": 0.99, "concatenation": 0.99, "inverted-residual": 0.99,
     "grouped-convolution": 0.99, "unet": 0.98, "vision-transformer": 0.85, "hand-written-attention": 0.99, "gpt": 0.85,
-    "llama-like": 0.8, "lstm": 0.0, "gru": 0.0, "experts": 0.0, "graph-network": 0.0,
+    "llama-like": 0.8, "lstm": 0.99, "gru": 0.99, "experts": 0.99, "graph-network": 0.99,
 }  # fmt: skip
 
 
