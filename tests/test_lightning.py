@@ -102,6 +102,20 @@ def test_resuming_ends_where_the_whole_run_ends_and_loads_elsewhere(tmp_path):
     assert same(fresh, whole)
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["average first", "average last"])
+def test_resuming_with_averaged_weights_ends_where_the_whole_run_ends(tmp_path, order):
+    """The checkpoint holds the average as the module's weights, and the trained ones beside it: both are narrow."""
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=15)
+    averages = [EMAWeightAveraging(decay=0.9) for _ in range(2)]
+    callbacks = [ApoptosisCallback(loss_fn, policy=POLICY) for _ in range(2)]
+    whole, _ = fit(*(averages[0], callbacks[0])[::order], saver, enable_checkpointing=True)
+    resumed, _ = fit(*(averages[1], callbacks[1])[::order], checkpoint=tmp_path / "step=15.ckpt")
+    assert callbacks[1].apoptosis.history[0].step < 15
+    assert max(widths(resumed)[:2]) < 48
+    assert same(resumed, whole)
+    assert same(*(average._average_model for average in averages))
+
+
 def in_ddp(rank):
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     callback = ApoptosisCallback(loss_fn, policy=POLICY)

@@ -52,19 +52,19 @@ class ApoptosisCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before a checkpoint is read: the module takes narrow ones."""
         narrow_on_load(pl_module, self.followers)
+        for average in _averages(trainer):  # one that is made later copies the module with its hooks
+            narrow_on_load(average)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, *_: Any) -> None:
         """At the first batch: look at the model."""
         if self.apoptosis is not None:
             return
         model: Any = pl_module if trainer.world_size == 1 else trainer.strategy.model  # within DDP
-        averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
         steps = trainer.estimated_stepping_batches
         self.apoptosis = Apoptosis(
             model, list(trainer.optimizers), example_inputs=self.batch(batch)[0],
             loss_fn=self.loss_fn or _loss_of(pl_module), total_steps=int(steps) if 0 < steps < float("inf") else None,
-            followers=[*self.followers, *(average.module for average in averages if average is not None)],
-            **self.arguments,
+            followers=[*self.followers, *_averages(trainer)], **self.arguments,
         )  # fmt: skip
         if self._saved is not None:
             self.apoptosis.load_state_dict(self._saved)
@@ -109,6 +109,12 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
         f"`batch` must be given for batches that are no tensor, pair or dict, got {type(batch).__name__}. Pass "
         "ApoptosisCallback(batch=...), a function that returns (inputs, targets)."
     ])  # fmt: skip
+
+
+def _averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """The copies of the module that Lightning's weight averaging has made by now."""
+    made = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average.module for average in made if average is not None]
 
 
 def _loss_of(module: nn.Module) -> LossFn | None:
