@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -846,3 +847,23 @@ def test_state_of_another_model_is_refused_and_nothing_changed():
 def test_public_names_are_documented():
     for name in ("step", "apoptose", "explain", "report", "state_dict", "load_state_dict", "groups"):
         assert inspect.getdoc(getattr(Apoptosis, name))
+
+
+@pytest.mark.parametrize("width", [8, 12, 16])
+def test_a_grouped_convolution_never_looks_like_a_depthwise_one(width):
+    torch.manual_seed(0)
+    convolutions = (
+        nn.Conv2d(3, width, 3),
+        nn.Conv2d(width, 2 * width, 3, groups=4),
+        nn.Conv2d(2 * width, 8, 3, groups=4),
+    )
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 5, (64,))
+    policy = replace(POLICY, multiple=1, floor=1, guard=99.0, tolerance=99.0)
+    apoptosis = Apoptosis(model, example_inputs=x[:8], loss_fn=F.cross_entropy, policy=policy)
+    for _ in range(2):
+        apoptosis.apoptose(x, targets=y, budget=99.0)
+        F.cross_entropy(model(x), y).backward()
+    assert [(c.in_channels, c.out_channels, c.groups) for c in convolutions] == [(3, 8, 1), (8, 8, 4), (8, 4, 4)]
+    assert [tuple(c.weight.shape[:2]) for c in convolutions] == [(8, 3), (8, 2), (4, 2)]

@@ -243,5 +243,6 @@ def places_of(group: ChannelGroup) -> Places:
 
 
 def _without_last(group: ChannelGroup) -> FoldPlan:
-    """One channel less in every block, or the fewest that can go."""
-    return FoldPlan(group.name, group.leading(group.width - group.least_step), folds=())
+    """As few channels less as may go: one in every block, or down to a multiple."""
+    left = (group.width - 1) // group.least_step * group.least_step
+    return FoldPlan(group.name, group.leading(left), folds=())

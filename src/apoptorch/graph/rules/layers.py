@@ -74,6 +74,10 @@ def layer(
     if groups > 1:
         for labels in (made, *([read.labels] if read else [])):
             tracer.rows.append((labels.view(groups, -1), tracer.where(node)))
+    if groups > 1 and read is not None:  # with one channel a group, it would be a depthwise convolution
+        tracer.multiples.append((read.labels, 2))
+        if len(read.labels) == 2 * groups:
+            tracer.pin(read.labels, f"{tracer.where(node)} has two of them in each of its {groups} groups, the fewest")
     tracer.cost(math.prod(sizes), positions, made, None if read is None else read.labels)
     field = Field(along(made, out_dim, len(shape(node))))
     tracer.emit(node, [*(replace(each, neuron="general") for each in rest), field])
