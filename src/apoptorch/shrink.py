@@ -39,8 +39,10 @@ def shrink(
         calibration: batches, each a tensor, a tuple of positional or a dict of keyword arguments; with `loss_fn` a
             pair (inputs, targets). The first few thousand inputs are used: two thirds to plan, one third to judge.
         example_inputs: one batch, as a batch without targets.
-        budget: with `calibration`, predicted increase of the loss, in its units (without `loss_fn`: relative mean
-            squared change of the output). None: as much as policy "normal" finds the saved cost to be worth.
+        budget: with `calibration`, what the search may predict the loss to rise by, in its units (without `loss_fn`:
+            relative mean squared change of the output). What held-out data then shows may be more, but for `guard` and
+            `tolerance` of policy "normal", beyond which all is undone; it is in `event.measured` and, with its limit,
+            in `event.certificate`. None: as much as that policy finds the saved cost to be worth.
         bound: without `calibration`, limit on the change of the output (Euclidean norm, one input). None: what
             rounding may change of the model's output on `example_inputs` (`closed_form.rounding`), so that only exact
             redundancy goes.
