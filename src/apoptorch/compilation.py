@@ -27,10 +27,10 @@ def follow_widths_(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     tensors = named_tensors(model)
     for group in groups:
         slots = [*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers)]
-        if group.prunable and all(tensors[slot.tensor].ndim <= 2 for slot in slots if slot.tensor in tensors):
-            for slot in slots:
-                if slot.tensor in tensors:
-                    torch._dynamo.maybe_mark_dynamic(tensors[slot.tensor], slot.dim)
+        places = [(tensors[slot.tensor], slot.dim) for slot in slots if slot.tensor in tensors]
+        if group.prunable and all(tensor.ndim <= 2 for tensor, _ in places):
+            for tensor, dim in places:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def compile_once_more_() -> None:

@@ -83,18 +83,21 @@ class _Rehearsal:
                 surgery.undo_()
         if error is not None:
             reasons = self.blamed(names, error)
-        elif idle := [group.name for group in self.groups if group.name in names and self.is_idle(group, seen)]:
+        elif idle := self.idle(names, seen):
             reasons |= dict.fromkeys(idle, _IDLE)
         elif not reasons and any(group.sizes for group in self.groups) and numbers != self.numbers:
             reasons = {group.name: _SCALE for group in self.groups if group.sizes}
         return {g.name: self.resolved(g, reasons[g.name]) for g in self.groups if g.name in reasons}
 
-    def is_idle(self, group: ChannelGroup, seen: "_Seen") -> bool:
-        """Does a forward pass in eval mode use none of the weights that read the group?"""
-        tensors = named_tensors(self.model)
-        weights = [tensors.get(consumer.weight.tensor) for consumer in group.consumers]
-        computed = any(weight is None for weight in weights)  # by a parametrization
-        return not computed and not any(id(weight) in seen.tensors for weight in weights)
+    def idle(self, names: Sequence[str], seen: "_Seen") -> list[str]:
+        """Groups of which a forward pass in eval mode used none of the weights that read them."""
+        tensors, found = named_tensors(self.model), list[str]()
+        for group in (group for group in self.groups if group.name in names):
+            weights = [tensors.get(consumer.weight.tensor) for consumer in group.consumers]
+            computed = any(weight is None for weight in weights)  # by a parametrization
+            if not computed and not any(id(weight) in seen.tensors for weight in weights):
+                found.append(group.name)
+        return found
 
     def resolved(self, group: ChannelGroup, reason: str) -> ChannelGroup:
         error = None if group.sizes else self.failure_of(group)

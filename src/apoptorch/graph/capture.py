@@ -67,8 +67,10 @@ def capture(
     failures = []
     for training in modes:
         output = io.StringIO()  # a failing export prints its whole graph
-        quiet = contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)
-        with rehearsing(model), preserved(model), quiet[0], quiet[1]:
+        with (
+            rehearsing(model), preserved(model),
+            contextlib.redirect_stdout(output), contextlib.redirect_stderr(output),
+        ):  # fmt: skip
             model.train(training)
             try:
                 return torch.export.export(model, args, kwargs, strict=False)
