@@ -159,15 +159,14 @@ def _place(group: ChannelGroup, links: Sequence[Link]) -> _Span | str:
     """Where the group lies in the chain, and its neuron; or why it has no closed form, in words."""
     if not group.prunable:
         return group.reason or "must keep its width"
-    slots = [*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers)]
-    names = {attribute(slot.tensor) for slot in slots} | {c.bias for c in group.consumers if c.bias}
+    names = {attribute(slot.tensor) for slot in group.slots} | {c.bias for c in group.consumers if c.bias}
     uses = [(name, i) for i, link in enumerate(links) for name in link.tensors if name in names]
     layers = sorted({i for _, i in uses if links[i].kind == "layer"})
     if sorted(name for name, _ in uses) != sorted(names) or len(layers) != 2:
         return "no closed form: more than one layer makes or reads its channels"
     if group.blocks > 1 or not _whole(group, links[layers[0] : layers[1]]):
         return "no closed form: its channels lie among others"
-    if any(slot.tensor.endswith(".original") for slot in slots):
+    if any(slot.tensor.endswith(".original") for slot in group.slots):
         return "no closed form: spectral_norm rescales a layer whose channels change"
     if links[layers[0]].tensors[0] not in {attribute(slot.tensor) for slot in group.producers}:
         return "no closed form: it is read before it is made"

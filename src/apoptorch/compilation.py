@@ -26,8 +26,7 @@ def follow_widths_(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     torch._dynamo.config.force_nn_module_property_static_shapes = False
     tensors = named_tensors(model)
     for group in groups:
-        slots = [*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers)]
-        places = [(tensors[slot.tensor], slot.dim) for slot in slots if slot.tensor in tensors]
+        places = [(tensors[slot.tensor], slot.dim) for slot in group.slots if slot.tensor in tensors]
         if group.prunable and all(tensor.ndim <= 2 for tensor, _ in places):
             for tensor, dim in places:
                 torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -54,8 +54,7 @@ def _heads(plain: Sequence[ChannelGroup], found: Sequence[ChannelGroup]) -> froz
 
 
 def _dimensions(group: ChannelGroup) -> set[tuple[str, int]]:
-    slots = (*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers))
-    return {(slot.tensor, slot.dim) for slot in slots}
+    return {(slot.tensor, slot.dim) for slot in group.slots}
 
 
 def _settled(groups: Sequence[ChannelGroup], known: Collection[ChannelGroup]) -> list[ChannelGroup]:

@@ -40,8 +40,7 @@ def _described(group: ChannelGroup, network: Network) -> dict[str, Any]:
     touching = [term for term in network.costs if group.name in (term.out_group, term.in_group)]
     part = Network(network.model, (), (), network.groups, touching)
     sizes = {name: parameter.numel() for name, parameter in network.model.named_parameters()}
-    slots = (*group.producers, *group.passthrough, *(consumer.weight for consumer in group.consumers))
-    owned = {slot.tensor for slot in slots}
+    owned = {slot.tensor for slot in group.slots}
     return {
         "name": group.name,
         "neuron": group.neuron,

@@ -130,6 +130,11 @@ class ChannelGroup:
     lines: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every place of its channels in a tensor: made, passed through, read."""
+        return (*self.producers, *self.passthrough, *(consumer.weight for consumer in self.consumers))
+
+    @property
     def least_step(self) -> int:
         """How many channels go at least."""
         return self.blocks * self.multiple
