@@ -308,7 +308,7 @@ class Apoptosis:
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
         self._fraction = max(0.1, 1 - event.flops_after / event.flops_before)  # expected of the next one
-        self._event_seconds = event.seconds
+        self._event_seconds = min(event.seconds, self._event_seconds or math.inf)  # the machine may be busy
         if self._compiled and event.changes and not event.rolled_back:
             self._graphs = compilation.graphs()
             compilation.compile_once_more_()

@@ -18,7 +18,8 @@ class Policy:
         start, first_step: the first event comes after this share of the run, but not before this step.
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
-        payback: an event happens if it is expected to save this many times what it costs; 0: always.
+        payback: an event happens if it is expected to save this many times the seconds that it costs; 0: always. A
+            smaller network is worth something too, hence less than 1.
         samples: inputs on which a removal is planned: four for each channel of the widest group, but at most
             this number and at least half of it; half as many again are held out to judge it.
         damping: see `calibrate.measure`.
@@ -40,7 +41,7 @@ class Policy:
     first_step: int = 30
     gap: float = 2.2
     stop: float = 0.65
-    payback: float = 1.0
+    payback: float = 0.5
     samples: int = 2048
     damping: float = 1.0
     steepest: float = 8.0
