@@ -833,8 +833,13 @@ def test_state_of_another_model_is_refused_and_nothing_changed():
     _, _, apoptosis = start()
     model, _, other = start(LeNet())
     before = bits(model.state_dict())
-    for state in (apoptosis.state_dict(), {}):
-        with pytest.raises(ArgumentError, match="`state` must be of this model"):
+    mine = other.state_dict()
+    for state, words in (
+        (apoptosis.state_dict(), "of this model"), ({}, "of this model"), (None, "what `state_dict` gives"),
+        (mine | {"step": "3"}, "`step` of `state` must be as"), (mine | {"history": [{}]}, "`history` and `batches`"),
+        (mine | {"widths": dict.fromkeys(mine["widths"], 10 ** 6)}, "`widths` of `state` must be from 1"),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match=words):
             other.load_state_dict(state)
     state = other.state_dict()
     state["shapes"] = {name: [size + 1 for size in shape] for name, shape in state["shapes"].items()}

@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as ddp
 from torch.optim.swa_utils import AveragedModel
 
-from apoptorch import Apoptosis, CheckpointError, load, save
+from apoptorch import Apoptosis, ApoptosisError, CheckpointError, load, save
 from apoptorch.distributed import fingerprint
-from apoptorch.training_state import decoded, encoded
+from apoptorch.training_state import decoded, encoded, random_state
 
 KILLS = 30
 
@@ -245,6 +245,50 @@ def test_training_state_that_is_not_to_be_trusted(tmp_path, damage):
     with pytest.raises(CheckpointError, match="`training` must be what `save` wrote"):
         load(model, tmp_path, step=None)
     assert fingerprint(model.state_dict()) == before
+
+
+def everything(run):
+    parts = {name: item.state_dict() for name, item in run.parts.items()}
+    generators = random_state()
+    return fingerprint([run.model.state_dict(), parts, run.apoptosis.state_dict(), generators["torch"]]), (
+        generators["python"], run.apoptosis.groups, [module.extra_repr() for module in run.model.modules()],
+    )  # fmt: skip
+
+
+WRONG = {
+    ("apoptosis", "wake"): None, ("apoptosis", "history"): [{}], ("apoptosis", "batches"): [[1]],
+    ("apoptosis", "shapes", "0.weight"): ["x", 10], ("apoptosis", "widths"): 5, ("apoptosis", "widths", "0"): 33,
+    ("training", "optimizer", "param_groups"): [], ("training", "scheduler"): 3, ("training", "ema"): {},
+    ("training", "scaler"): {}, ("training", "random numbers"): None,
+    ("training", "random numbers", 0, "python", "of", 1, "of"): [1], ("training", "random numbers", 0, "numpy"): 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder, run = tmp_path_factory.mktemp("saved"), Run()
+    run.train(9)
+    assert run.apoptosis.history
+    save(run.model, folder, run.apoptosis, **run.parts, step=9)
+    other = Run()
+    other.train(3)
+    return folder, other
+
+
+@pytest.mark.parametrize("place", WRONG, ids=lambda place: "/".join(map(str, place)))
+def test_a_run_that_can_not_be_resumed_is_left_as_it_was(place, saved, tmp_path):
+    folder, run = saved
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    manifest = content = json.loads((folder / "manifest.json").read_text())
+    for key in place[:-1]:
+        content = content[key]
+    content[place[-1]] = WRONG[place]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    before = everything(run)
+    with pytest.raises(ApoptosisError, match=r"must (be|name)"):
+        run.resume(tmp_path)
+    assert everything(run) == before
 
 
 def test_what_was_not_saved_is_named(tmp_path):

@@ -4,7 +4,8 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from .network import Network
 from .plan import ChannelGroup, Event
 from .policy import POLICIES, Policy
 from .removal import abandoned, remove_
+from .run_state import history_and_batches
 from .sharding import sharding_problems
 from .surgery import Surgery, named_tensors, narrowed, sizes_of
 from .timing import milliseconds, training_seconds
@@ -190,26 +192,36 @@ class Apoptosis:
         """Resume. Narrows model, optimizers and followers to the saved widths; load their own states after that.
 
         Raises:
-            ArgumentError: the state is of another model.
-            SurgeryError: the shapes don't fit.
+            ArgumentError: the state is damaged, or of another model; nothing was changed.
+            SurgeryError: the shapes don't fit; nothing was changed.
         """
-        network, widths, full = self._network, state.get("widths", {}), state.get("full_widths", {})
-        if state.get("shapes") == self._shapes():  # narrow already, where a last head is no group any more
-            widths = {name: widths.get(name, width) for name, width in network.widths.items()}
-        if set(widths) != set(network.widths):
-            raise ArgumentError([f"`state` must be of this model, got groups {sorted(widths)}. Build the same model."])
-        surgery = Surgery(network.model, network.optimizers, network.followers, network.ranks)
-        with network.ranks.rebuilding(), surgery:
-            surgery.narrow_(state["shapes"])
-            surgery.resize_(sizes_of(self.groups, widths))
-        groups = narrowed(self.groups, widths)
-        network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
-        self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
-        self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
-        self._scale, self._fraction, self._event_seconds = state["scale"], state["fraction"], state["event_seconds"]
-        self.history = [Event.from_json(event) for event in state["history"]]
-        self._batches = [Batch(tuple(args), kwargs, targets) for args, kwargs, targets in state["batches"]]
-        self._thread, self._last_call, self._step_seconds = None, math.nan, math.inf
+        with self.resuming(state):
+            pass
+
+    @contextmanager
+    def resuming(self, state: dict[str, Any]) -> Iterator[None]:
+        """`load_state_dict` as a transaction: an exception in the block puts everything back."""
+        network, now = self._network, self._network.widths
+        history, batches = history_and_batches(state, now, self._shapes())
+        widths, full, before = state["widths"], state["full_widths"], (network.groups, dict(vars(self)))
+        widths = {name: widths.get(name, width) for name, width in now.items()}
+        try:
+            surgery = Surgery(network.model, network.optimizers, network.followers, network.ranks)
+            with network.ranks.rebuilding(), surgery:
+                surgery.narrow_(state["shapes"])
+                surgery.resize_(sizes_of(self.groups, widths))
+                groups = narrowed(self.groups, widths)
+                network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
+                self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
+                self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
+                self._scale, self._fraction = state["scale"], state["fraction"]
+                self._event_seconds, self.history, self._batches = state["event_seconds"], history, batches
+                self._thread, self._last_call, self._step_seconds = None, math.nan, math.inf
+                yield
+        except BaseException:
+            network.groups = before[0]
+            vars(self).update(before[1])
+            raise
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(tensor.shape) for name, tensor in named_tensors(self._network.model).items()}

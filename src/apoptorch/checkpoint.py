@@ -10,6 +10,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from apoptorch.tensor_files import differences, dtype_name
 from apoptorch.training_state import (
     decoded,
     encoded,
+    loaded,
     own_batches,
     pooled_batches,
     random_state,
@@ -41,7 +43,7 @@ class _HasState(Protocol):
 
 
 class _Resumable(Protocol):
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def resuming(self, state: dict[str, Any]) -> AbstractContextManager[None]: ...
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], apoptosis: _HasState | None = None, **training: Any) -> None:
@@ -129,21 +131,22 @@ def load(
     model, ranks = unwrapped(model)
     with ranks.together("reading the checkpoint"):
         manifest, values, gathered, extras = _read(model, Path(path), apoptosis, training, ranks)
-    with ranks.rebuilding():
+    saved = _with_tensors(manifest["apoptosis"], gathered)
+    with ranks.rebuilding(), ExitStack() as transaction:
         if apoptosis is not None:
-            apoptosis.load_state_dict(own_batches(_with_tensors(manifest["apoptosis"], gathered), ranks))
-        with Surgery(model, ranks=ranks) as surgery:
-            surgery.narrow_({name: list(value.shape) for name, value in values.items()})
-            surgery.resize_(_unlike(model, manifest["attributes"]))
-            surgery.fill_(values)
-    for name, item in training.items():
-        if hasattr(item, "load_state_dict"):
-            item.load_state_dict(extras.pop(name))
-            ranks.share_state_(item)
-    if not training:
-        return _with_tensors(manifest["apoptosis"], gathered)
-    set_random_state(extras.pop(_RANDOM), ranks)
-    return extras
+            transaction.enter_context(apoptosis.resuming(own_batches(saved, ranks)))
+        surgery = transaction.enter_context(Surgery(model, ranks=ranks))
+        surgery.narrow_({name: list(value.shape) for name, value in values.items()})
+        surgery.resize_(_unlike(model, manifest["attributes"]))
+        surgery.fill_(values)
+        with ranks.together("resuming"):
+            for name, item in training.items():
+                if hasattr(item, "load_state_dict"):
+                    transaction.enter_context(loaded(name, item, extras.pop(name)))
+                    ranks.share_state_(item)
+            if training:
+                set_random_state(extras.pop(_RANDOM), ranks)
+    return extras if training else saved
 
 
 def _read(
@@ -159,8 +162,8 @@ def _read(
     saved = manifest.get("training", {})
     if apoptosis is not None and manifest["apoptosis"] is None:
         problems.append("`apoptosis` must be None, as the checkpoint has none, got one. Load without it.")
-    for name in training:
-        if name not in saved or name == _RANDOM:
+    for name in dict.fromkeys([*training, _RANDOM] if training else ()):
+        if name not in saved or (name == _RANDOM and name in training):
             known = ", ".join(sorted(saved.keys() - {_RANDOM})) or "nothing"
             problems.append(f"`{name}` must be in the checkpoint, got only {known}. Load what was saved.")
     known = named_tensors(model)

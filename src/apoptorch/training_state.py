@@ -3,15 +3,18 @@
 Encoded: plain values, lists and dicts with text keys as they are; all else as {"!": kind, "of": content}.
 """
 
+import copy
 import math
 import random
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from apoptorch.batches import Batch, joined
 from apoptorch.distributed import Ranks
@@ -85,6 +88,36 @@ def state_of(item: Any) -> Any:
     return item.state_dict() if hasattr(item, "state_dict") else item
 
 
+@contextmanager
+def loaded(name: str, item: Any, state: Any) -> Iterator[None]:
+    """Within, `item` goes on from that state; if it can't, or the block fails, from its own.
+
+    Raises:
+        CheckpointError: it can't.
+    """
+    attributes = dict(getattr(item, "__dict__", {}))
+    own = None if isinstance(item, Optimizer) else copy.deepcopy(state_of(item))  # an optimizer's is in new objects
+    try:
+        with _damaged(name):
+            item.load_state_dict(state)
+        yield
+    except BaseException:
+        if own is not None:
+            item.load_state_dict(own)
+        getattr(item, "__dict__", {}).update(attributes)
+        raise
+
+
+@contextmanager
+def _damaged(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a user's object, or torch, makes of a state that isn't its own
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        rule = "must be as it was at the start of the run that was saved"
+        raise CheckpointError(f"`{name}` {rule}, got {told} when it loaded its state. Build the same.") from error
+
+
 def random_state() -> dict[str, Any]:
     """The generators of this process: torch (each device), Python, and numpy where it is in use."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
@@ -101,11 +134,24 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(states: list[dict[str, Any]], ranks: Ranks) -> None:
-    """This rank's generators as they were; a rank that there was none of begins at its own seed."""
-    if ranks.rank >= len(states):
-        torch.manual_seed(torch.initial_seed() + ranks.rank)
-        return
-    state = states[ranks.rank]
+    """This rank's generators as they were; a rank that there was none of begins at its own seed.
+
+    Raises:
+        CheckpointError: these are no states; the generators are left as they are.
+    """
+    own = random_state()
+    try:
+        with _damaged("random numbers"):
+            if ranks.rank < len(states):
+                _set_generators(states[ranks.rank])
+            else:
+                torch.manual_seed(torch.initial_seed() + ranks.rank)
+    except CheckpointError:
+        _set_generators(own)
+        raise
+
+
+def _set_generators(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     random.setstate(_tupled(state["python"]))
     if torch.cuda.is_available() and "cuda" in state:
