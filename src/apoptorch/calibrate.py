@@ -97,7 +97,10 @@ class _Sums:
         # consumers -> sums of a a^T, a, u a^T and u; number of positions
         self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, int]] = {}
 
-    def add_columns(self, weight: Tensor, slot: Slot) -> None:
+    def add_columns(self, weight: Tensor, slot: Slot, paired: bool) -> None:
+        if paired:  # what is read is what is made
+            self.energy.diagonal().add_(1.0)
+            return
         index = slot.index(self.group.width).to(weight.device)
         columns = slot.opened(weight.detach()).movedim(slot.dim, 0)[index].flatten(1)
         _add_gram(self.energy, columns.mT.to(self.energy.dtype), 1.0)
@@ -238,14 +241,16 @@ def _totals(
     generator = torch.Generator(next(model.parameters()).device).manual_seed(ranks.rank)  # a resumed run draws the same
     consumers: dict[str, list[tuple[ChannelGroup, int, Slot]]] = {}
     for group in groups:
-        for i, consumer in enumerate(group.consumers):
-            consumers.setdefault(consumer.weight.tensor, []).append((group, i, consumer.weight))
+        for i, consumer in enumerate(group.consumers[: 1 if group.paired else None]):
+            seen = group.producers[0] if consumer.paired else consumer.weight
+            consumers.setdefault(seen.tensor, []).append((group, i, seen))
     with calibrating(model), torch.enable_grad():
         readers: dict[int, list[Reader]] = {}
         for name, weight in ranks.weights(consumers, partial(weight_of, model)):
             for group, i, slot in consumers[name]:
-                readers.setdefault(id(weight), []).append(Reader(group.name, i, slot, group.width, weight))
-                totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, slot)
+                reader = Reader(group.name, i, slot, group.width, weight, group.paired)
+                readers.setdefault(id(weight), []).append(reader)
+                totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, slot, group.paired)
         for i, batch in enumerate(batches):
             with ranks.in_step("measuring the activations"):
                 _measure_(totals, model, readers, batch, loss_fn, generator, damped=damping > 0, back=i < sent_back)

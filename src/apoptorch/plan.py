@@ -67,10 +67,14 @@ class Consumer:
     `bias` takes the constant part of a fold; None if there is none, or if the constant would not be exact
     (no bias parameter, or a zero-padded convolution). `weight.tensor` may name a parametrized attribute
     (weight_norm): the fold then acts on the effective weight.
+
+    `paired`: what reads the channels are the channels that the *rows* of this tensor make: their products are summed up
+    (queries and keys). The channels are seen where the group's first producer makes them.
     """
 
     weight: Slot
     bias: str | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,16 @@ class ChannelGroup:
     def slots(self) -> tuple[Slot, ...]:
         """Every place of its channels in a tensor: made, passed through, read."""
         return (*self.producers, *self.passthrough, *(consumer.weight for consumer in self.consumers))
+
+    @property
+    def paired(self) -> bool:
+        """Are its channels read by those of another layer, in products of two?"""
+        return any(consumer.paired for consumer in self.consumers)
+
+    @property
+    def makers(self) -> tuple[Slot, ...]:
+        """All rows of layers that hold its channels: also those of what they are multiplied with, in pairs."""
+        return (*self.producers, *(consumer.weight for consumer in self.consumers if consumer.paired))
 
     @property
     def least_step(self) -> int:

@@ -17,13 +17,15 @@ from .plan import Slot
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A group's consumer number `index`, with the weight that the forward pass uses."""
+    """A group's consumer number `index`, with the weight that the forward pass uses; `paired`: its rows, not its
+    columns, have the channels, and what it makes is what is read."""
 
     group: str
     index: int
     slot: Slot
     width: int
     weight: Tensor
+    paired: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +73,17 @@ def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int
         terms = args[0].replace(" ", "").split("->")[0].split(",")
         own, other = (1, 2) if args[1] is weight else (2, 1)
         return other, terms[other - 1].index(terms[own - 1][dim])
+    return None
+
+
+def _made(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> int | None:
+    """Along which dimension of its output a layer has what these rows of its weight make; None if that isn't known."""
+    if func is F.linear and args[1] is weight and dim == 0:
+        return -1
+    if func in _CONVOLUTIONS[:3] and args[1] is weight and dim == 0:
+        return 1 if args[0].ndim == weight.ndim else 0
+    if func in (torch.addmm, Tensor.addmm) and len(args) > 2 and args[2] is weight and dim == 1:
+        return -1
     return None
 
 
@@ -183,11 +196,15 @@ class Recorder(TorchFunctionMode):
             names = [name for name in ("input", "weight", "bias") if name in kwargs]
             args = (*args, *(kwargs[name] for name in names))
             kwargs = {key: value for key, value in kwargs.items() if key not in names}
-        found = {}
+        found, made = {}, {}
         for reader, weight, dim in known if len(args) > 1 else ():
-            if dim is not None and (place := _read(func, args, weight, dim)) is not None:
+            if dim is None:
+                continue
+            if reader.paired and (own := _made(func, args, weight, dim)) is not None:
+                made[reader] = own
+            elif not reader.paired and (place := _read(func, args, weight, dim)) is not None:
                 found[reader] = place
-        if not found:
+        if not found and not made:
             result = func(*args, **kwargs)
             self.follow(result, [reader for reader, _, _ in known])
             return result
@@ -199,4 +216,7 @@ class Recorder(TorchFunctionMode):
             _, args[index] = self.starts.setdefault(id(source), (source, start))
         output = func(*args, **kwargs)
         self.readings += [Reading(reader, args[index], dim, output) for reader, (index, dim) in found.items()]
+        if made:  # a copy: what follows may change it in place
+            output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
+            self.readings += [Reading(reader, output, dim, output) for reader, dim in made.items()]
         return output

@@ -35,7 +35,7 @@ _IDLE = (
 )
 _TORCH = os.path.dirname(torch.__file__)
 Numbers = list[tuple[str, tuple[float, ...]]]
-Places = tuple[int, frozenset[tuple[str, Slot]]]
+Places = tuple[int, int, frozenset[tuple[str, Slot]]]
 
 
 def rehearsed(
@@ -85,9 +85,14 @@ class _Rehearsal:
             reasons = self.blamed(names, error)
         elif idle := self.idle(names, seen):
             reasons |= dict.fromkeys(idle, _IDLE)
-        elif not reasons and any(group.sizes for group in self.groups) and numbers != self.numbers:
-            reasons = {group.name: _SCALE for group in self.groups if group.sizes}
+        elif not reasons and (scaled := self.scaled(names)) and numbers != self.numbers:
+            reasons = dict.fromkeys(scaled, _SCALE)
         return {g.name: self.resolved(g, reasons[g.name]) for g in self.groups if g.name in reasons}
+
+    def scaled(self, names: Sequence[str]) -> list[str]:
+        """Groups that a number in the code may follow: those multiplied in pairs, without any those with attributes."""
+        paired = [group.name for group in self.groups if group.paired and group.name in names]
+        return paired or [group.name for group in self.groups if group.sizes]
 
     def idle(self, names: Sequence[str], seen: "_Seen") -> list[str]:
         """Groups of which a forward pass in eval mode used none of the weights that read them."""
@@ -240,9 +245,9 @@ def _candidates(
 
 
 def places_of(group: ChannelGroup) -> Places:
-    """Width and slots: what makes two groups the same."""
+    """Width, blocks and slots: what makes two groups the same."""
     roles = [("makes", slot) for slot in (*group.producers, *group.passthrough)]
-    return group.width, frozenset([*roles, *(("reads", consumer.weight) for consumer in group.consumers)])
+    return group.width, group.blocks, frozenset([*roles, *(("reads", consumer.weight) for consumer in group.consumers)])
 
 
 def _without_last(group: ChannelGroup) -> FoldPlan:

@@ -73,8 +73,8 @@ def milliseconds(
 ) -> list[CostTerm]:
     """The same cost terms in measured milliseconds (the best of five forward passes) instead of FLOPs."""
     widths = {group.name: group.width for group in groups}
-    readers = {c.weight.tensor: group.name for group in groups for c in group.consumers}
-    makers = {slot.tensor: group.name for group in groups for slot in group.producers}
+    readers = {c.weight.tensor: group.name for group in groups for c in group.consumers if not c.paired}
+    makers = {slot.tensor: group.name for group in groups for slot in group.makers}
     best: dict[tuple[str | None, str | None], float] = {}
     with calibrating(model), torch.no_grad():
         keys = {id(weight_of(model, name)): (makers.get(name), readers.get(name)) for name in {**readers, **makers}}

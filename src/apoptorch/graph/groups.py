@@ -78,6 +78,10 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
     for labels, code in tracer.passes.values():
         for index in parts.present(labels):
             lines[index] |= code
+    pairs: list[list[tuple[set[str], set[str]]]] = [[] for _ in range(count)]
+    for labels, one, other in tracer.pairs:
+        for index in parts.present(labels):
+            pairs[index].append((one, other))
     weights: list[set[str]] = [set() for _ in range(count)]
     for labels, weight in tracer.makers:
         for index in parts.present(labels):
@@ -86,6 +90,8 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
     made: dict[int, ChannelGroup] = {}
     for index in range(count):
         own, width = slots[index], int(parts.size[index])
+        if pairs[index]:
+            _pair(own, pairs[index], reasons[index])
         if not own["producer"] and not own["consumer"]:
             continue  # per-channel parameters of what is no channel
         if not own["producer"]:
@@ -101,6 +107,17 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
             multiple=multiples[index], lines=tuple(sorted(lines[index] - {""})),
         )  # fmt: skip
     return list(made.values()), _costs(parts, {index: group.name for index, group in made.items()})
+
+
+def _pair(own: dict[str, list], pairs: list[tuple[set[str], set[str]]], reasons: dict[str, None]) -> None:
+    """What makes the second channels of each pair reads the first ones, where nothing else makes or reads either."""
+    (one, other), makers = pairs[0], own["producer"]
+    alone = len(pairs) == 1 and not own["consumer"] and not own["passthrough"] and not one & other
+    if not alone or {slot.tensor for slot in makers} != one | other:
+        reasons["they are multiplied in pairs, and one of a pair is made or read by others too"] = None
+        return
+    own["producer"] = [slot for slot in makers if slot.tensor in one]
+    own["consumer"] = [Consumer(slot, paired=True) for slot in makers if slot.tensor in other]
 
 
 def _entries(consumers: list[Consumer], width: int, blocks: int, reasons: dict[str, None]) -> int:

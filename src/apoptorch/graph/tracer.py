@@ -121,6 +121,7 @@ class Tracer:
         self.makers: list[tuple[Array, str]] = []  # channels and a weight that makes them
         self.pins: list[tuple[Array, str]] = []
         self.general: list[Array] = []  # channels that no closed form describes
+        self.pairs: list[tuple[Array, set[str], set[str]]] = []  # channels of two tensors each, and what makes both
         self.rows: list[tuple[Array, str]] = []  # labels [rows, entries]: as many must stay in every row
         self.multiples: list[tuple[Array, int]] = []  # channels, of which there must be a multiple of so many
         self.passes: dict[int, tuple[Array, set[str]]] = {}  # labels -> lines of code that they pass

@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from ..labels import Field, along, line
-from ..tracer import Flow, Tracer, argument, arguments, op_name, rule, shape, stack_of
+from ..labels import Array, Field, along, line
+from ..tracer import VIEWS, Flow, Tracer, argument, arguments, nodes_of, op_name, rule, shape, stack_of
 from .elementwise import meet
 
 Letters = list[str]
 Pair = tuple[Node, Node]
 _PART = "part"  # a dimension of which the operand is one entry
+_MAKERS = ("linear", "addmm", "conv1d", "conv2d", "conv3d")
+_MOVES = (*VIEWS, "getitem", "_unsafe_view", "numpy_T", "mT", "movedim", "contiguous", "clone", "repeat_interleave",
+          "mul", "div")  # fmt: skip
 _TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
@@ -107,17 +110,55 @@ def _contract(
     parameters = [operand in tracer.tensors for operand in operands]
     labelled = [*left, *right]
     if all(parameters) or not any(parameters) or not left or not right:
-        pair = left and right and not any(parameters)
-        if pair:
+        if left and right and not any(parameters):
             note_heads(tracer, left, i)
             note_heads(tracer, right, j)
-        what = "multiplies pairs of them (queries and keys)" if pair else "reads them with a tensor that is computed"
-        tracer.pin_flow(labelled, f"{tracer.where(node)} {what}")
+            order = [*(c for c in dims[0] if c in dims[1] and c != letter), letter]
+            _pair(tracer, node, operands, [_in_order(f, d, order) for f, d in zip((left, right), dims, strict=False)])
+            return
+        tracer.pin_flow(labelled, f"{tracer.where(node)} reads them with a tensor that is computed")
         return
     weight, dim, reader = (y, j, (x, i)) if parameters[1] else (x, i, (y, j))
     read = tracer.read(reader[0], reader[1], node)
     if read is not None:
         tracer.consume(tracer.tensors[weight], dim, read, None)
+
+
+def _in_order(fields: Sequence[Field], letters: Letters, order: Letters) -> Array | None:
+    """The labels of the only field along the dimensions `order`; None if there are others, or it lies along others."""
+    if len(fields) != 1 or not {letters[d] for d in fields[0].dims} <= set(order):
+        return None
+    kept = fields[0].labels[tuple(slice(None) if letter in order else 0 for letter in letters)]
+    own = [letter for letter in letters if letter in order]
+    return kept.permute([own.index(letter) for letter in order])
+
+
+def _pair(tracer: Tracer, node: Node, operands: Pair, labels: Sequence[Array | None]) -> None:
+    """Channels a_c and b_c of two layers, of which sum_c a_c b_c is formed: one channel.
+
+    With a_c ~ sum_s x_cs a_s the sum is that of a_s (b_s + sum_c x_cs b_c): what is linear in the rows that make b is
+    folded there. No constant: b isn't one.
+    """
+    one, other = labels
+    made = [_moved(tracer, operand) for operand in operands]
+    if one is None or other is None or not all(made):
+        flows = [each for operand in operands for each in tracer.flow(operand)]
+        tracer.pin_flow(flows, f"{tracer.where(node)} multiplies pairs of them (queries and keys)")
+        return
+    tracer.unite(one, other, f"{tracer.where(node)} joins unlike channels")
+    tracer.general.append(one.flatten())
+    tracer.pairs.append((one.flatten(), made[0], made[1]))
+
+
+def _moved(tracer: Tracer, node: Node) -> set[str]:
+    """The parameters of the layer that makes `node`, if what it makes is only moved and multiplied by numbers; else
+    none."""
+    while op_name(node) in _MOVES and len(nodes_of(node)) == 1:
+        node = nodes_of(node)[0]
+    weight = {"addmm": 2}.get(op_name(node), 1)
+    if op_name(node) not in _MAKERS or arguments(node)[weight] not in tracer.tensors:
+        return set()
+    return {tracer.tensors[each] for each in node.all_input_nodes if each in tracer.tensors}
 
 
 def note_heads(tracer: Tracer, flow: Sequence[Field], dim: int) -> None:
@@ -211,7 +252,7 @@ def attention(tracer: Tracer, node: Node) -> None:
     Of fewer value (or key) heads, each one's share goes to several query heads.
     """
     query, key, value = arguments(node)[:3]
-    mask, ndim = argument(node, 3, "attn_mask"), len(shape(node))
+    mask, ndim, pairs = argument(node, 3, "attn_mask"), len(shape(node)), list[Field]()
     operands = [used for used in (query, key, mask) if isinstance(used, Node)]
     whole = all(any(_of_heads(each, ndim) for each in tracer.flow(used)) for used in (query, key))
     fields = []
@@ -222,7 +263,16 @@ def attention(tracer: Tracer, node: Node) -> None:
                 continue
             if used is not mask and each.dims[-1:] == (ndim - 1,):
                 note_heads(tracer, [each], ndim - 1)
-            tracer.pin(each.labels, f"{tracer.where(node)} multiplies pairs of them (queries and keys)")
+                pairs.append(_for_queries(each, node))
+            else:
+                tracer.pin(each.labels, f"{tracer.where(node)} multiplies pairs of them (queries and keys)")
+    scaled = argument(node, 6, "scale") is not None
+    if len(pairs) == 2 and scaled:
+        order = [str(d) for d in range(ndim) if d != ndim - 2]
+        _pair(tracer, node, (query, key), [_in_order([each], [*map(str, range(ndim))], order) for each in pairs])
+    else:
+        by = "" if scaled else ", by a scale that follows their number"
+        tracer.pin_flow(pairs, f"{tracer.where(node)} multiplies pairs of them (queries and keys){by}")
     for each in tracer.flow(value):
         if each.dims[-1:] == (ndim - 1,):
             labels = each.labels
