@@ -169,6 +169,49 @@ def test_payback_that_can_not_be_reached_leaves_the_network_alone():
     assert "would not pay for itself" in apoptosis.explain()
 
 
+def test_examples_may_be_fewer_than_the_inputs_of_a_batch():
+    histories = []
+    for size in (1, BATCH):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        apoptosis = Apoptosis(
+            model, optimizer, example_inputs=X[:size], loss_fn=F.cross_entropy, total_steps=STEPS, policy=POLICY
+        )
+        train(model, optimizer, apoptosis, range(STEPS))
+        histories.append([(event.step, event.widths_after, event.measured) for event in apoptosis.history])
+    assert histories[0] == histories[1] != []
+    wide = nn.Sequential(nn.Linear(10, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 3))
+    works = []
+    for size in (1, 256):
+        apoptosis = Apoptosis(wide, example_inputs=X[:size])
+        apoptosis.step(X[:256])
+        works.append(apoptosis._work())
+    assert works[0] == pytest.approx(works[1])
+
+
+def test_an_event_that_fails_is_followed_by_another():
+    model, failing = mlp(), [True]
+
+    def loss_fn(output, targets):
+        if failing and len(output) > BATCH:
+            raise RuntimeError("no memory")
+        return F.cross_entropy(output, targets)
+
+    model, optimizer, apoptosis = start(model, loss_fn=loss_fn)
+    train(model, optimizer, apoptosis, range(11))
+    x, y = batch(11)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    before = everything(model, optimizer, apoptosis)
+    with pytest.raises(RuntimeError, match="no memory"):
+        apoptosis.step(x, targets=y)
+    assert everything(model, optimizer, apoptosis) == before
+    failing.clear()
+    events, _ = train(model, optimizer, apoptosis, range(12, STEPS))
+    assert events[0].step == math.ceil(12 * POLICY.gap)
+
+
 def test_an_optimizer_is_not_needed():
     model, _, _ = start()
     apoptosis = Apoptosis(model, example_inputs=X[:BATCH], policy=POLICY, total_steps=STEPS)
@@ -428,6 +471,7 @@ def test_unknown_names():
     assert "Did you mean 'encoder'" in refused(model, protect=["encode"])
     for wrong in ("encoder", [model], None, [""], 3):
         assert "`protect` must" in refused(model, protect=wrong)
+    assert "`protect` must name modules that have parameters, got '2' (ReLU)" in refused(mlp(), protect=["2"])
 
 
 @pytest.mark.parametrize("wrong", [0, -3, 1.5, "10"])
@@ -538,6 +582,9 @@ def test_bad_data_while_gathering_and_in_apoptose(case):
             call(*([] if bad is None else [bad]), targets=y)
         assert text in str(raised.value)
     assert everything(model, optimizer, apoptosis) == before
+    assert apoptosis.state_dict()["step"] == 9
+    assert apoptosis.step(x, targets=y) is None  # the right data, for the same optimizer step
+    assert apoptosis.state_dict()["step"] == 10
     events, _ = train(model, optimizer, apoptosis, range(10, STEPS))
     assert events
 
@@ -586,6 +633,10 @@ def test_inside_autocast_or_inference_mode(call):
         getattr(apoptosis, call)(x, targets=y)
     assert everything(model, optimizer, apoptosis) == before
     assert apoptosis.step(x, targets=y) is None
+    train(model, optimizer, apoptosis, range(1, 4))
+    optimizer.step()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ArgumentError, match=r"outside torch\.autocast"):
+        getattr(apoptosis, call)(x, targets=y)  # also where there is nothing to do
 
 
 @pytest.mark.parametrize("done", [0, 3])

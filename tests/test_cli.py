@@ -38,8 +38,19 @@ NETS = """
         generator = torch.Generator().manual_seed(1)
         return [(torch.randn(64, 20, generator=generator), torch.randint(4, (64,))) for _ in range(6)]
 
+    def endless():
+        while True:
+            yield from batches()
+
+    def breaking():
+        yield from batches()[:2]
+        raise OSError("no such disk")
+
     def broken():
         return 1 / 0
+
+    def leaves():
+        raise SystemExit(3)
 
     number = 5
 """
@@ -99,6 +110,8 @@ def test_inputs_have_types_and_keywords(shape):
         (["my_nets:build", "--input", "a=1x20", "--input", "1x20"], "keyword"),
         (["my_nets:nothing", "--input", "1x20"], "It has torch, nn, build"),
         (["my_nets:broken", "--input", "1x20"], "ZeroDivisionError: division by zero"),
+        (["my_nets:leaves", "--input", "1x20"], "SystemExit: 3"),
+        (["my_nets:build", "--input", "99999999999999x20"], "fit into memory"),
         (["my_nets:number", "--input", "1x20"], "torch.nn.Module, got int"),
         (["my_nets", "--input", "1x20"], "package.module:name"),
         (["not_there:build", "--input", "1x20"], "No module named 'not_there'"),
@@ -148,6 +161,14 @@ def test_shrink_by_data_stays_within_the_loss_that_is_allowed(nets):
     assert found["measured"] <= 0.01
     assert found["parameters_after"] < found["parameters_before"]
     assert "of predictions change" in run("shrink", *arguments, "--max-loss-increase", "0.01").stdout
+
+
+def test_data_is_read_as_far_as_needed_and_what_goes_wrong_is_told():
+    arguments = ["my_nets:build", "--input", "1x20", "--loss", "torch.nn.functional:cross_entropy"]
+    found = answer("shrink", *arguments, "--max-loss-increase", "0.01", "--data", "my_nets:endless")["event"]
+    assert found["measured"] <= 0.01
+    error = answer("shrink", *arguments, "--data", "my_nets:breaking", code=1)["error"]
+    assert "`--data` must be importable and run, got OSError: no such disk" in error
 
 
 def test_shrink_says_what_goes_together():

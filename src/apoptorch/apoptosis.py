@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,7 @@ from . import checks, compilation
 from .batches import Batch, LossFn, split
 from .discovery import discovered
 from .distributed import fingerprint, unwrapped, wrapper_problems
-from .errors import AbandonedError, ArgumentError
+from .errors import AbandonedError, ArgumentError, RanksError
 from .evaluation import evaluate, pooled
 from .explain import Outlook, explained
 from .network import Network
@@ -83,7 +84,7 @@ class Apoptosis:
                 costs = milliseconds(model, groups, costs, Batch(args, kwargs))
         ranks.agree("channel groups", groups)
         self._network = Network(model, optimizers, tuple(followers), groups, ranks.first(costs), ranks)
-        self._batch_size = max(1, int(ranks.total([Batch(args, kwargs).size])[0]))
+        self._batch_size = self._example_size = max(1, int(ranks.total([Batch(args, kwargs).size])[0]))
         timed = 0 if self.policy.payback == 0 else self._network.parameters
         self._reduce_seconds = ranks.all_reduce_seconds(timed, next(model.parameters()).device) / max(1, timed)
         self._step = 0
@@ -122,28 +123,37 @@ class Apoptosis:
             The event if neurons were removed, or a removal was undone, else None.
 
         Raises:
-            ArgumentError: called between forward and backward or from a second thread; or, at the first step and
-                while data is being gathered, within autocast or inference mode, or with data that is NaN, infinite,
-                empty, or that the model or the loss doesn't take.
+            ArgumentError: called between forward and backward, within autocast or from a second thread; or, at the
+                first step and while data is being gathered, within inference mode, or with data that is NaN, infinite,
+                empty, or that the model or the loss doesn't take. It is as if it had not been called.
         """
-        if self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident():
+        if (
+            self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident()
+            and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+        ):  # fmt: skip
             self._step += 1  # nothing to do: the common case
             self._stepped = not self._network.optimizers
             return None
         self._check_moment()
-        self._step += 1
-        if 1 < self._step < self._wake:
-            return None
+        idle = 1 < self._step + 1 < self._wake
         batch, ranks = Batch(inputs, kwinputs, targets), self._network.ranks
-        problems = [*checks.data_problems(tree_leaves((inputs, kwinputs)))]
-        if ranks.alone:  # else at the event, by all ranks together
+        problems = [] if idle else [*checks.data_problems(tree_leaves((inputs, kwinputs)))]
+        if ranks.alone and not idle:  # else at the event, by all ranks together
             checks.checked(problems or self._batch_problems(batch))
+        self._step += 1
+        self._stepped = not self._network.optimizers
+        if idle:
+            return None
         if self._step == 1:
             self._compile_seconds = max(0.0, time.perf_counter() - self._compiles_since)
             with ranks.together("measuring the first loss"):
                 bad = bool(problems) if ranks.sharded is None else any(ranks.gather(bool(problems)))
                 own = evaluate(self._network.model, [] if bad else [batch], self.loss_fn, ranks)
             self._first_loss = pooled(own, ranks).loss
+            if (size := max(1, int(ranks.total([batch.size])[0]))) != self._batch_size:  # than the example's
+                self._batch_size = size
+                self._event_step = self._first_event()
+                self._wake = self._next_wake()
         return self._gather(batch) if self._step >= self._wake else None
 
     def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
@@ -180,6 +190,7 @@ class Apoptosis:
         """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
         return {
             "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale,
+            "batch_size": self._batch_size,
             "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
             "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
@@ -214,7 +225,7 @@ class Apoptosis:
                 network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
                 self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
                 self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
-                self._scale, self._fraction = state["scale"], state["fraction"]
+                self._scale, self._fraction, self._batch_size = state["scale"], state["fraction"], state["batch_size"]
                 self._event_seconds, self.history, self._batches = state["event_seconds"], history, batches
                 self._thread, self._last_call, self._step_seconds = None, math.nan, math.inf
                 yield
@@ -255,12 +266,20 @@ class Apoptosis:
         if self._step >= self._event_step and len(self._batches) >= 3:
             batches, self._batches = self._batches, []
             self._unpaid = not self._network.ranks.first(self._pays())
-            if not self._unpaid:
-                event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
-            self._event_step = math.ceil(self._step * self.policy.gap)
-            self._wake = self._next_wake()
+            try:
+                if not self._unpaid:
+                    event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
+            except Exception as error:
+                if not isinstance(error, RanksError):
+                    self._schedule_next_()  # a caller that goes on gathers anew
+                raise
+            self._schedule_next_()
         self._last_call = time.perf_counter()
         return event if event is not None and (event.changes or event.rolled_back) else None
+
+    def _schedule_next_(self) -> None:
+        self._event_step = math.ceil(self._step * self.policy.gap)
+        self._wake = self._next_wake()
 
     def _pays(self) -> bool:
         """Is the event expected to save `payback` times its cost in the steps that remain?
@@ -282,7 +301,8 @@ class Apoptosis:
         """Seconds of a training step that follow the widths."""
         device = next(self._network.model.parameters()).device
         size = self._network.parameters
-        return training_seconds(self._network.flops(), size, device) + size * self._reduce_seconds
+        flops = self._network.flops() * (self._batch_size / self._example_size)
+        return training_seconds(flops, size, device) + size * self._reduce_seconds
 
     def _price(self) -> float:
         """The policy's price now; a run of unknown length is in its middle."""
@@ -334,7 +354,6 @@ class Apoptosis:
         checks.checked(checks.moment_problems(self._thread))
         if not self._stepped:
             self._check_stepped()
-        self._stepped = not self._network.optimizers
 
     def _batch_problems(self, batch: Batch) -> Iterable[str]:
         """Tries each form of batch once."""

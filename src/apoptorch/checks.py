@@ -109,6 +109,11 @@ def name_problems(model: nn.Module, protect: Any) -> Iterator[str]:
                 f"`protect` must name modules of the model, got {name!r}. "
                 + (f"Did you mean {', '.join(map(repr, near[:3]))}?" if near else "See model.named_modules().")
             )
+        elif not [*modules[name].parameters(), *modules[name].buffers()]:
+            yield (
+                f"`protect` must name modules that have parameters, got {name!r} ({type(modules[name]).__name__}). "
+                "Name the layer whose channels it passes on."
+            )
 
 
 def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -8,6 +8,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
+from itertools import tee
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +118,7 @@ def shrink(
         raise ArgumentError(["`--data` must be given with --loss and --max-loss-increase. Without it, use --bound."])
     full, inputs = built_model(model, weights), example_inputs(input)
     settings = {"loss_fn": named_object(loss, "--loss") if loss else None, "bound": bound, "input_norm": input_norm}
-    batches = None if data is None else list(calibration_data(data))
+    batches = None if data is None else calibration_data(data)
     if max_loss_increase is None:
         small, event = full, shrink_(full, batches, example_inputs=inputs, **settings)
     else:
@@ -138,8 +139,8 @@ def _shrink_within(limit: float, full: Any, batches: Any, inputs: Any, settings:
     from .shrink import shrink as shrink_
 
     for halvings in range(8):
-        small = copy.deepcopy(full)
-        event = shrink_(small, batches, example_inputs=inputs, budget=limit / 2**halvings, **settings)
+        small, (batches, own) = copy.deepcopy(full), tee(batches)
+        event = shrink_(small, own, example_inputs=inputs, budget=limit / 2**halvings, **settings)
         if not event.rolled_back and (event.measured is None or event.measured <= limit):
             return small, event
     raise ArgumentError([

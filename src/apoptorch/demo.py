@@ -19,6 +19,7 @@ def compare(
     out: Path, width: int, steps: int, seed: int, show: Callable[[str], Any] | None = None
 ) -> dict[str, dict[str, float]]:
     """Train both, write the history and the report of the second into `out`; seconds, parameters, accuracy of each."""
+    out.mkdir(parents=True, exist_ok=True)
     summary = {}
     for name in ("dense", "apoptosis"):
         summary[name] = _train(name, width, steps, seed, out, show)

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,10 @@ def _tensor(spec: str) -> tuple[str, Tensor]:
         rule = f"be like 1x3x224x224, 2x16:int64 or input_ids=2x16:int64, with a dtype of {', '.join(DTYPES)}"
         raise ArgumentError([f"`--input` must {rule}, got {spec!r}. Give one for each tensor that forward() takes."])
     shape, dtype = [int(size) for size in match[2].split("x")], DTYPES[match[3] or "float32"]
-    tensor = torch.randn(shape) if dtype.is_floating_point else torch.zeros(shape)
+    try:
+        tensor = torch.randn(shape) if dtype.is_floating_point else torch.zeros(shape)
+    except RuntimeError as error:
+        raise ArgumentError([f"`--input` must fit into memory, got {spec!r}. Give a smaller shape."]) from error
     return match[1] or "", tensor.to(dtype)
 
 
@@ -120,7 +123,7 @@ def _called(argument: str, what: str, function: Callable[[], Any]) -> Any:
     """The function's result; what goes wrong inside it is the user's code, and is told with its place."""
     try:
         return function()
-    except Exception as error:  # user code raises whatever it likes
+    except (Exception, SystemExit) as error:  # user code raises whatever it likes
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = "" if last.filename.startswith("<") else f" ({last.filename}, line {last.lineno})"
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
@@ -129,6 +132,12 @@ def _called(argument: str, what: str, function: Callable[[], Any]) -> Any:
         ) from error
 
 
-def calibration_data(spec: str) -> Iterable[Any]:
-    """The batches that `spec` names: something iterable, or a function that returns it."""
-    return built(spec, "--data", Iterable, "batches (an iterable)")
+def calibration_data(spec: str) -> Iterator[Any]:
+    """The batches that `spec` names: something iterable, or a function that returns it. Read only as far as is asked.
+
+    Raises:
+        ArgumentError: it is something else, or reading it failed.
+    """
+    batches, end = iter(built(spec, "--data", Iterable, "batches (an iterable)")), object()
+    while (batch := _called("--data", spec, lambda: next(batches, end))) is not end:
+        yield batch

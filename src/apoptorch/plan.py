@@ -284,7 +284,7 @@ class Event:
         changes: the groups that changed (or were to change), in the model's order.
         widths_before, widths_after: width of every group.
         parameters_before, parameters_after: number of parameters of the model.
-        flops_before, flops_after: forward FLOPs of one input.
+        flops_before, flops_after: forward FLOPs of the example inputs.
         seconds: wall time of the event, search and guard included.
         budget: the loss increase that the event was allowed (loss units).
         predicted: predicted loss increase, all groups together (loss units).

@@ -7,7 +7,7 @@ from .batches import Batch
 from .errors import ArgumentError
 from .plan import Event
 
-_NUMBERS = ("step", "event_step", "wake", "scale", "fraction", "event_seconds")
+_NUMBERS = ("step", "event_step", "wake", "batch_size", "scale", "fraction", "event_seconds")
 
 
 def history_and_batches(
