@@ -153,20 +153,27 @@ def plant_(model: nn.Module, group: ChannelGroup, classes: Classes) -> None:
 
 @torch.no_grad()
 def settle_(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Batch norms' running statistics become those of the batch: a new model's tell of no data, and what is redundant
-    besides the copies, as calibration sees it, need not be so in eval mode."""
+    """Batch norms' running statistics become those of the inputs that are planned on, exactly: what is redundant
+    besides the copies, as calibration sees it with these, need not be so with others."""
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in modes if modes[module] and isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     for module in modes:
         module.training = module in norms
-    for norm in norms:
-        norm.momentum = 1.0
-    model(*args, **kwargs)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    hooks = [norm.register_forward_hook(_note_statistics) for norm in norms]
+    seen = split(Batch(tuple(args), kwargs))[0]
+    model(*seen.args, **seen.kwargs)
+    for hook in hooks:
+        hook.remove()
     for module, mode in modes.items():
         module.training = mode
+
+
+def _note_statistics(norm: Any, args: tuple[Tensor], _: Tensor) -> None:
+    """Of a batch as the norm itself uses them: the variance without Bessel's correction."""
+    if norm.track_running_stats:
+        channels = args[0].transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(channels.mean(1))
+        norm.running_var.copy_(channels.var(1, correction=0))
 
 
 @torch.no_grad()
