@@ -1,6 +1,7 @@
 """The command line as a user meets it: tables, JSON, exit codes, and no traceback for a mistake."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -186,6 +187,10 @@ def test_demo_and_report(nets):
     assert "<svg" in (nets / "run" / "report.html").read_text()
     (nets / "bad.json").write_text('{"events": [{"step": 1}]}')
     assert "history.json" in answer("report", "bad.json", code=1)["error"]
+    history = json.loads((nets / "run" / "history.json").read_text())
+    for key, wrong in (("curves", {"loss": [[math.inf, 1]]}), ("architecture", {"layers": 3}), ("total_steps", "many")):
+        (nets / "bad.json").write_text(json.dumps(history | {key: wrong}))
+        assert "`history` must be" in answer("report", "bad.json", code=1)["error"]
 
 
 def test_the_real_command_ends_with_its_exit_code_and_no_traceback(nets):

@@ -179,9 +179,15 @@ def report(
 
     record = Record.read(history)
     page = out or history.with_name("report.html")
-    write_html(record, page)
-    answer = {"report": str(page), "events": [event.to_json() for event in record.events]}
-    return answer, history_table(record.events), f"written: {page}"
+    try:
+        write_html(record, page)
+        answer = {"report": str(page), "events": [event.to_json() for event in record.events]}
+        return answer, history_table(record.events), f"written: {page}"
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # who knows what it holds
+        text = f"{type(error).__name__}: {error}"
+        raise ArgumentError(
+            [f"`history` must be as apoptorch wrote it, got {history}: {text}. It is damaged."]
+        ) from error
 
 
 @app.command()

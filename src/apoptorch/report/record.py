@@ -52,7 +52,7 @@ class Record:
             curves = {name: [(int(s), float(v)) for s, v in points] for name, points in data.get("curves", {}).items()}
             explanations, layers = dict(data.get("explanations", {})), dict(data.get("architecture", {}))
             return Record(events, explanations, curves, data.get("total_steps"), layers)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {error}"
             raise ArgumentError(
                 [f"`history` must be a history.json that apoptorch wrote, got {path}: {text}."]
