@@ -839,6 +839,20 @@ def test_the_run_that_is_resumed_has_windows_and_events_where_they_are_said_to_b
     assert not {1, 5, 12, 20, 22, 33} & set(gathering)
 
 
+def test_a_finished_run_that_is_made_longer_has_looks_to_come():
+    model, optimizer, apoptosis = start(total_steps=16)
+    train(model, optimizer, apoptosis, range(16))
+    assert [event.step for event in apoptosis.history] == [12]
+    fresh, other, longer = start()
+    longer.load_state_dict(apoptosis.state_dict())
+    fresh.load_state_dict(model.state_dict())
+    events, _ = train(fresh, other, longer, range(16, STEPS))
+    assert events
+    _, _, same = start(total_steps=16)
+    same.load_state_dict(apoptosis.state_dict())
+    assert same.state_dict() == apoptosis.state_dict()
+
+
 def test_followers_and_several_optimizers_are_narrowed_by_loading():
     def begin():
         model = mlp()

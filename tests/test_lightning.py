@@ -72,6 +72,23 @@ def test_the_loss_is_found_in_the_module():
     assert callback.apoptosis.loss_fn is loss_fn
 
 
+def test_a_further_fit_goes_on_and_another_module_begins_anew():
+    callback = ApoptosisCallback(loss_fn, policy=POLICY)
+    net, trainer = fit(callback, steps=8)
+    reached, events = widths(net), len(callback.apoptosis.history)
+    assert events
+    trainer.fit_loop.epoch_loop.max_steps = 30
+    trainer.fit(net, DataLoader(TensorDataset(*data(480)), batch_size=32))
+    assert callback.apoptosis.state_dict()["step"] == 30
+    assert len(callback.apoptosis.history) > events
+    assert callback.apoptosis.groups[0].full_width == 48
+    assert sum(widths(net)) < sum(reached)
+    other, _ = fit(callback, steps=2)
+    assert callback.apoptosis.model is other
+    assert widths(other) == [48, 48, 2]
+    assert callback.apoptosis.history == []
+
+
 def test_accumulated_gradients_make_one_step():
     callback = ApoptosisCallback(loss_fn, policy=POLICY)
     net, _ = fit(callback, steps=14, accumulate_grad_batches=2)

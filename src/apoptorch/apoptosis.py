@@ -190,7 +190,7 @@ class Apoptosis:
         """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
         return {
             "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale,
-            "batch_size": self._batch_size,
+            "batch_size": self._batch_size, "total_steps": self.total_steps,
             "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
             "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
@@ -228,6 +228,9 @@ class Apoptosis:
                 self._scale, self._fraction, self._batch_size = state["scale"], state["fraction"], state["batch_size"]
                 self._event_seconds, self.history, self._batches = state["event_seconds"], history, batches
                 self._thread, self._last_call, self._step_seconds = None, math.nan, math.inf
+                if state["total_steps"] != self.total_steps and not batches:  # a longer run has looks to come
+                    self._event_step = max(self._event_step, self._step + self._batches_wanted())
+                    self._wake = self._next_wake()
                 yield
         except BaseException:
             network.groups = before[0]

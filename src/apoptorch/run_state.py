@@ -45,7 +45,7 @@ def _problems(state: Any, widths: Mapping[str, int], shapes: Mapping[str, Sequen
         got = {name: saved[name] for name in wrong}
         yield f"`widths` of `state` must be from 1 to those of the model, got {got}. Build the model at its full size."
     rules = {name: type(state.get(name)) in (int, float) for name in _NUMBERS}
-    rules |= {"first_loss": type(state.get("first_loss", "")) in (int, float, type(None))}
+    rules |= {name: type(state.get(name, "")) in (int, float, type(None)) for name in ("first_loss", "total_steps")}
     rules |= {name: isinstance(state.get(name), list) for name in ("history", "batches")}
     rules |= {"full_widths": isinstance(state.get("full_widths"), dict), "shapes": _are_shapes(state.get("shapes"))}
     for name, holds in rules.items():

@@ -22,8 +22,8 @@ class ApoptosisCallback(Callback):
     """Removes redundant neurons of the LightningModule while it trains.
 
     It works after every optimizer step, also with gradient accumulation and mixed precision. Its state is part of
-    Lightning's checkpoints, and training resumes at the widths that were reached. Copies that Lightning's
-    weight averaging keeps shrink alike.
+    Lightning's checkpoints, and training resumes at the widths that were reached, also in a further fit. Copies that
+    Lightning's weight averaging keeps shrink alike.
 
     Args:
         loss_fn: `loss_fn(output, targets)` -> mean loss; None: the module's attribute loss_fn, criterion or loss, if
@@ -51,6 +51,9 @@ class ApoptosisCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before a checkpoint is read: the module takes narrow ones."""
+        if self.apoptosis is not None and stage == "fit":  # a further one, which makes optimizers of its own
+            self._saved = self.apoptosis.state_dict() if self.apoptosis.model is pl_module else None
+            self.apoptosis = None
         narrow_on_load(pl_module, self.followers)
         for average in _averages(trainer):  # one that is made later copies the module with its hooks
             narrow_on_load(average)
@@ -68,6 +71,7 @@ class ApoptosisCallback(Callback):
         )  # fmt: skip
         if self._saved is not None:
             self.apoptosis.load_state_dict(self._saved)
+            self._saved = None
         self._global_step = trainer.global_step
 
     def on_train_batch_end(
@@ -85,7 +89,7 @@ class ApoptosisCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """A part of Lightning's checkpoint."""
-        return {} if self.apoptosis is None else self.apoptosis.state_dict()
+        return self._saved or {} if self.apoptosis is None else self.apoptosis.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the first batch, when there is a model to resume."""
