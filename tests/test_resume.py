@@ -99,30 +99,39 @@ def life(run, folder, moment, pipe):
 
 
 def lives(_, folder):
-    """Forks one process after the other, from one that has all built; each but the last is killed."""
-    unbroken = Run()
-    unbroken.train(STEPS)
-    expected = unbroken.result()
+    """Forks one process after the other, from one that has all built but trains nothing (builds of torch for GPUs have
+    no backward pass in a process whose parent had one); each but the last is killed."""
+    folder, fresh, start = Path(folder), Run(), random.getstate()
     reader, writer = os.pipe()
-    result, calls = life(Run(), Path(folder) / "whole", -1, writer)
-    fresh, start = Run(), random.getstate()
+
+    def forked(name, work):
+        """The child's exit status; what `work` returns is in the file."""
+        if (pid := os.fork()) == 0:
+            random.setstate(start)  # Python seeds anew after a fork
+            (folder / f"{name}.json").write_text(json.dumps(work()))
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def result(name):
+        return json.loads((folder / f"{name}.json").read_text())
+
+    def unbroken():
+        fresh.train(STEPS)
+        return fresh.result()
+
+    assert forked("unbroken", unbroken) == 0
+    assert forked("whole", lambda: life(fresh, folder / "run", -1, writer)) == 0
+    whole, calls = result("whole")
     dice, round_, ends = random.Random(0), 0, []
     while len(ends) < KILLS:
         round_ += 1
         while True:
-            pid = os.fork()
-            if pid == 0:
-                random.setstate(start)  # Python seeds anew after a fork
-                moment = dice.randrange(calls // 5) if len(ends) < KILLS else -1
-                end = life(fresh, Path(folder) / str(round_), moment, writer)
-                (Path(folder) / f"{round_}.json").write_text(json.dumps(end[0]))
-                os._exit(0)
-            dice.random()  # the child's draw is not the parent's
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+            moment = dice.randrange(calls // 5) if len(ends) < KILLS else -1
+            place = folder / str(round_)
+            if forked(f"{round_}", lambda moment=moment, place=place: life(fresh, place, moment, writer)[0]) == 0:
                 break
             ends.append(os.read(reader, 1).decode())
-    found = [json.loads((Path(folder) / f"{i + 1}.json").read_text()) for i in range(round_)]
-    return json.loads(json.dumps(expected)), json.loads(json.dumps(result)), found, ends
+    return result("unbroken"), whole, [result(i + 1) for i in range(round_)], ends
 
 
 def test_a_run_killed_thirty_times_ends_as_the_one_that_was_not(tmp_path):
