@@ -76,12 +76,17 @@ class Run:
 
 
 def life(run, folder, moment, pipe):
-    """One process: resumes if it can, and is killed at the given call of a function, counted from there on."""
-    calls = 0
+    """One process: resumes if it can, and is killed at the given call of a function, counted from there on.
+
+    Returns the run's result, the number of calls, and that at which the first event began.
+    """
+    calls, first = 0, 0
 
     def count(frame, event, argument):
-        nonlocal calls
+        nonlocal calls, first
         calls += 1
+        if not first and event == "call" and frame.f_code.co_name == "remove_":
+            first = calls
         if calls == moment:
             names = set[str]()
             while frame is not None:
@@ -95,7 +100,7 @@ def life(run, folder, moment, pipe):
         run.resume(folder)
     run.train(STEPS, folder)
     sys.setprofile(None)
-    return run.result(), calls
+    return run.result(), calls, first
 
 
 def lives(_, folder):
@@ -121,12 +126,13 @@ def lives(_, folder):
 
     assert forked("unbroken", unbroken) == 0
     assert forked("whole", lambda: life(fresh, folder / "run", -1, writer)) == 0
-    whole, calls = result("whole")
+    whole, calls, first = result("whole")
     dice, round_, ends = random.Random(0), 0, []
     while len(ends) < KILLS:
         round_ += 1
         while True:
-            moment = dice.randrange(calls // 5) if len(ends) < KILLS else -1
+            moment = dice.randrange(calls // 5) if ends else first + dice.randrange(500)  # for one within an event
+            moment = moment if len(ends) < KILLS else -1
             place = folder / str(round_)
             if forked(f"{round_}", lambda moment=moment, place=place: life(fresh, place, moment, writer)[0]) == 0:
                 break
