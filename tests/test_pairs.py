@@ -143,6 +143,13 @@ class Bent(Attention):
         return q, k.relu()
 
 
+class ChangedInPlace(Attention):
+    def queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = super().queries_and_keys(x)
+        k.view_as(k).relu_()
+        return q, k
+
+
 class DefaultScale(Attention):
     def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -213,6 +220,7 @@ class OneSize(Attention):
     ("make", "why"),
     [
         (Rotated, "aten.mul"), (Normalised, "aten.linalg_vector_norm"), (Bent, "queries and keys"),
+        (ChangedInPlace, "queries and keys"),
         (DefaultScale, "by a scale that follows their number"), (ScaledBySize, "computes with a number that follows"),
         (KeysReadTwice, "made or read by others too"), (KeysOfAll, "made or read by others too"),
         (KeysAreQueries, "made or read by others too"), (OneLayer, "made or read by others too"),

@@ -66,6 +66,17 @@ def op_name(node: Node) -> str:
     return node.target._schema.name.split("::")[-1].removesuffix("_")
 
 
+def writes(node: Node) -> bool:
+    """Is it an op in place?"""
+    return getattr(node.target, "__name__", "").partition(".")[0].endswith("_")
+
+
+def is_view(node: Node) -> bool:
+    """May what it gives share memory with what it takes?"""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    return node.target is operator.getitem or any(given.alias_info is not None for given in returns)
+
+
 def arguments(node: Node) -> tuple[Any, ...]:
     """Positional arguments, without fx's type of everything that they might be."""
     return node.args
@@ -185,7 +196,7 @@ class Tracer:
             if (name := self.tensor(used)) is not None and attribute(name) not in self.claimed:
                 self.used_by.setdefault(attribute(name), self.where(node))
         self.note_line(node)
-        if getattr(node.target, "__name__", "").partition(".")[0].endswith("_") and arguments(node):
+        if writes(node) and arguments(node):
             self.flows[arguments(node)[0]] = self.flows.get(node, ())
             self.alias(arguments(node)[0])
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ..labels import Array, Field, along, line
-from ..tracer import VIEWS, Flow, Tracer, argument, arguments, nodes_of, op_name, rule, shape, stack_of
+from ..tracer import VIEWS, Flow, Tracer, argument, arguments, is_view, nodes_of, op_name, rule, shape, stack_of, writes
 from .elementwise import meet
 
 Letters = list[str]
@@ -153,12 +153,21 @@ def _pair(tracer: Tracer, node: Node, operands: Pair, labels: Sequence[Array | N
 def _moved(tracer: Tracer, node: Node) -> set[str]:
     """The parameters of the layer that makes `node`, if what it makes is only moved and multiplied by numbers; else
     none."""
-    while op_name(node) in _MOVES and len(nodes_of(node)) == 1:
+    path = [node]
+    while op_name(node) in _MOVES and len(nodes_of(node)) == 1 and "rounding_mode" not in node.kwargs:
         node = nodes_of(node)[0]
+        path.append(node)
     weight = {"addmm": 2}.get(op_name(node), 1)
-    if op_name(node) not in _MAKERS or arguments(node)[weight] not in tracer.tensors:
+    plain = op_name(node) in _MAKERS and arguments(node)[weight] in tracer.tensors
+    if not plain or any(_changed(each, path) for each in path):
         return set()
     return {tracer.tensors[each] for each in node.all_input_nodes if each in tracer.tensors}
+
+
+def _changed(node: Node, path: Sequence[Node]) -> bool:
+    """Does an op beside the path change the tensor, or a view of it, in place?"""
+    beside = [user for user in node.users if user not in path]
+    return any(writes(user) or (is_view(user) and _changed(user, path)) for user in beside)
 
 
 def note_heads(tracer: Tracer, flow: Sequence[Field], dim: int) -> None:
