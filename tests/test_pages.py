@@ -17,7 +17,7 @@ def test_a_violation_is_counted_and_shown():
     row = {"cases": 2, "worst": {"3": 0.5, "4-6": 1.25}}
     text = fuzz.page({"cases": 2, "seed": 0, "torch": "x", "violations": 1, "types": {"relu": row}})
     assert "2 cases, 1 violations" in text
-    assert "| relu | 2 | 0.500000 | 1.250000 | none |" in text
+    assert "| relu | 2 | 0.500000 | 1.250000 | none | none |" in text
 
 
 def test_calibration_page_is_that_of_its_results():
