@@ -143,17 +143,19 @@ def line(row: Row, runs: list[dict]) -> str:
 
 
 def summary(task: str, contender: str, runs: list[dict]) -> str:
-    """Medians of one contender in Markdown, one line per schedule."""
+    """Medians of one contender in Markdown, one line per schedule, commit and number of threads."""
+    alike: dict[tuple, list[dict]] = {}
+    for run in (run for run in runs if (run["task"], run["contender"]) == (task, contender)):
+        alike.setdefault((run["epochs"], run["commit"], run["machine"]["threads"]), []).append(run)
     lines = []
-    for epochs in sorted({run["epochs"] for run in runs if (run["task"], run["contender"]) == (task, contender)}):
-        same = [r for r in runs if (r["task"], r["contender"], r["epochs"]) == (task, contender, epochs)]
+    for (epochs, commit, threads), same in sorted(alike.items()):
         wall, cpu, flops, size, metric = (
             median(run[name] for run in same) for name in ("wall_s", "cpu_s", "train_flops", "parameters", "metric")
         )
         shapes = "; ".join(" ".join(map(str, run["widths"])) for run in same)
         lines.append(
             f"| {task} | {contender} | {epochs} | {wall:.1f} | {cpu:.1f} | {flops:.3g} | {size:,.0f} | {metric:.4f} "
-            f"| {shapes} | {', '.join(sorted({run['commit'] for run in same}))} |"
+            f"| {shapes} | {threads} | {commit} |"
         )
     return "\n".join(lines)
 
@@ -188,7 +190,7 @@ def page(runs: list[dict]) -> str:
     head = "| task | what | target | median | spread | |\n|---|---|---|---|---|---|"
     detail = (
         "| task | contender | epochs | wall s | CPU s | training FLOPs | parameters | metric | widths per seed "
-        "| commit |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| threads | commit |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
     bodies = [summary(task, contender, runs) for task in TITLES for contender in ("dense", "apoptosis")]
     where = {
