@@ -30,9 +30,9 @@ from apoptorch import (
     shrink,
 )
 
-# Wall time decides nothing (payback=0), and the first look comes at step 12.
+# Wall time decides nothing (payback=0), no run is too short, and the first look comes at step 12.
 POLICY = Policy(
-    payback=0, first_step=12, samples=128, gap=1.6, stop=1.0, price=5.0, tolerance=0.05, multiple=1, floor=4
+    payback=0, full_run=1, first_step=12, samples=128, gap=1.6, stop=1.0, price=5.0, tolerance=0.05, multiple=1, floor=4
 )
 STEPS, BATCH = 48, 32
 
@@ -159,6 +159,17 @@ def test_no_event_after_the_stop():
     train(model, optimizer, apoptosis, range(STEPS))
     assert all(event.step <= 0.3 * STEPS for event in apoptosis.history)
     assert apoptosis._batches == []
+
+
+def test_a_short_run_pays_less_by_the_square_of_its_length():
+    def width_of(**changed):
+        model, optimizer, apoptosis = start(policy=Policy(**{**vars(POLICY), **changed}))
+        train(model, optimizer, apoptosis, range(STEPS))
+        return widths(apoptosis)
+
+    price = POLICY.price
+    assert width_of(full_run=10 * STEPS) == width_of(price=price / 100) > width_of(full_run=STEPS)
+    assert width_of(full_run=STEPS) == width_of(full_run=1)
 
 
 def test_payback_that_can_not_be_reached_leaves_the_network_alone():

@@ -154,7 +154,7 @@ def test_weights_only_merges_planted_duplicates_and_finds_nothing_in_an_ordinary
     begun(ordinary, task(lambda: mlp(32, 64, 64, 2)), wide_inputs(data), steps=2000)
     ordinary.steps = min(ordinary.at) - 1
     assert ordinary.step(x, data.test_y) is None
-    assert event_steps(2000)[0] == Policy().start * 2000
+    assert event_steps(5000)[0] == Policy().start * 5000
 
 
 def wide_inputs(data):

@@ -65,7 +65,7 @@ def test_a_group_that_shrank_in_a_run_that_is_not_on_record_says_so_much():
         ([], replace(BEFORE, looked=event(40, 64)), ("nothing was redundant at this price", "aggressive")),
         ([], BEFORE, ("next look at step 30",)),
         ([], replace(BEFORE, unpaid=True), ("would not pay for itself", "next look at step 30", "Policy(payback=0)")),
-        ([], replace(BEFORE, next_look=None), ("in the steps that remain", "apoptorch.shrink after training")),
+        ([], replace(BEFORE, next_look=None), ("no look is left", "apoptorch.shrink after training")),
     ],
 )
 def test_every_obstacle_has_its_sentence(history, outlook, words):

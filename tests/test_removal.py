@@ -739,7 +739,8 @@ def test_named_policies_differ_in_price_only_and_in_order():
 @pytest.mark.parametrize(
     "wrong",
     [{"price": 0}, {"gap": 1.0}, {"stop": 0.0}, {"samples": 1}, {"confidence": 1.0}, {"cost": "euros"}, {"multiple": 0},
-     {"floor": 0}, {"payback": -1}, {"start": 1.0}, {"first_step": 0}, {"guard": 0}, {"tolerance": -0.1}],
+     {"floor": 0}, {"payback": -1}, {"start": 1.0}, {"first_step": 0}, {"full_run": 0}, {"guard": 0},
+     {"tolerance": -0.1}],
     ids=str,
 )  # fmt: skip
 def test_policy_out_of_range(wrong):

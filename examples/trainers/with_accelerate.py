@@ -20,7 +20,7 @@ def main() -> None:
     loss_fn = nn.CrossEntropyLoss()
     apoptosis = AcceleratedApoptosis(
         accelerator, model, optimizer, example_inputs=x[:64], loss_fn=loss_fn, total_steps=2 * len(data) // 2,
-        policy=Policy(payback=0),  # else so small a network is left alone: it would not pay
+        policy=Policy(payback=0, full_run=1, first_step=30),  # else so short a run is left alone
     )  # fmt: skip
     for _ in range(2):
         for inputs, targets in data:

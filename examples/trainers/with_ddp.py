@@ -20,7 +20,7 @@ def main() -> None:
     batches = list(zip(x.split(64), (x[:, 0] > x[:, 1]).long().split(64), strict=True))
     apoptosis = Apoptosis(
         model, optimizer, example_inputs=x[:64], loss_fn=loss_fn, total_steps=2 * len(batches),
-        policy=Policy(payback=0),  # else so small a network is left alone: it would not pay
+        policy=Policy(payback=0, full_run=1, first_step=30),  # else so short a run is left alone
     )  # fmt: skip
     for inputs, targets in batches * 2:
         optimizer.zero_grad()

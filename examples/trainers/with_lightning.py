@@ -37,7 +37,9 @@ def main() -> None:
     pl.seed_everything(0)
     x = torch.randn(12_800, 20)
     data = DataLoader(TensorDataset(x, (x[:, 0] > x[:, 1]).long()), batch_size=64, shuffle=True)
-    callback = ApoptosisCallback(policy=Policy(payback=0))  # else so small a network is left alone
+    callback = ApoptosisCallback(
+        policy=Policy(payback=0, full_run=1, first_step=30)
+    )  # else so short a run is left alone
     trainer = pl.Trainer(
         max_epochs=2, callbacks=[callback], accelerator="cpu", devices=devices,
         strategy="ddp" if devices > 1 else "auto", logger=False, enable_checkpointing=False,

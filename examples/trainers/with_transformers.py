@@ -21,7 +21,9 @@ def sentences(n: int) -> list[dict[str, torch.Tensor]]:
 
 def main() -> None:
     set_seed(0)
-    callback = ApoptosisCallback(policy=Policy(payback=0))  # else so small a network is left alone
+    callback = ApoptosisCallback(
+        policy=Policy(payback=0, full_run=1, first_step=30)
+    )  # else so short a run is left alone
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, max_steps=100, per_device_train_batch_size=32, learning_rate=1e-3, use_cpu=True, report_to=[],

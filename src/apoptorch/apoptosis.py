@@ -308,9 +308,10 @@ class Apoptosis:
         return training_seconds(flops, size, device) + size * self._reduce_seconds
 
     def _price(self) -> float:
-        """The policy's price now; a run of unknown length is in its middle."""
+        """The policy's price now; a run of unknown length is a full one in its middle."""
         progress = self._step / self.total_steps if self.total_steps else 0.5
-        return self._scale * self.policy.price * min(1.0, progress) ** self.policy.rise
+        length = min(1.0, (self.total_steps or math.inf) / self.policy.full_run)
+        return self._scale * self.policy.price * length**2 * min(1.0, progress) ** self.policy.rise
 
     def _remove(
         self, calibration: Sequence[Batch], held_out: Sequence[Batch], policy: Policy, budget: float | None

@@ -195,7 +195,7 @@ def report(
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for history.json and report.html.")] = Path("runs/demo"),
     width: Annotated[int, typer.Option(min=16, help="Neurons in each of three hidden layers.")] = 1024,
-    steps: Annotated[int, typer.Option(min=60, help="Training steps of each run.")] = 600,
+    steps: Annotated[int, typer.Option(min=60, help="Training steps of each run.")] = 1500,
     seed: int = 0,
     json: Json = False,
 ):

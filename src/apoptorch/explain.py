@@ -52,10 +52,13 @@ def _obstacle(group: ChannelGroup, undone: Sequence[Event], outlook: Outlook) ->
     if outlook.looked is not None and outlook.looked.rolled_back and not outlook.looked.changes:
         return f"the look at step {outlook.looked.step} was {outlook.looked.reason}"
     if outlook.looked is not None:
-        return "nothing was redundant at this price; policy='aggressive' pays more, apoptose(..., budget=...) pays that"
+        return (
+            "nothing was redundant at this price; policy='aggressive' or a longer run pays more, "
+            "apoptose(..., budget=...) pays that"
+        )
     longer = "try a longer run, Policy(payback=0), or apoptorch.shrink after training"
     if outlook.next_look is None:
-        return f"nothing was tried: in the steps that remain it would not pay for itself; {longer}"
+        return f"nothing was tried: no look is left in this run, or it would not pay for itself; {longer}"
     again = f"next look at step {outlook.next_look}, if it will pay for itself"
     if outlook.unpaid:
         return f"nothing was tried: at the last look it would not pay for itself; {again}; {longer}"

@@ -15,6 +15,7 @@ class Policy:
             is predicted to lose less than price / 100 of it.
         concavity: the price falls as cost ** concavity with the cost that is left, as a share of the full network's.
         rise: the price at share p of the run is price * p ** rise: early, the network has more to learn.
+        full_run: a run of fewer steps pays less, by the square of their ratio: it has less time to learn again.
         start, first_step: the first event comes after this share of the run, but not before this step.
         gap: the step of each event is that of the one before, times this.
         stop: no event after this share of the run.
@@ -37,8 +38,9 @@ class Policy:
     price: float = 0.0375
     concavity: float = 0.5
     rise: float = 0.5
+    full_run: int = 2000
     start: float = 0.04
-    first_step: int = 30
+    first_step: int = 100
     gap: float = 2.2
     stop: float = 0.65
     payback: float = 0.5
@@ -58,8 +60,8 @@ class Policy:
     def __post_init__(self) -> None:
         rules = {
             "price": self.price > 0, "concavity": self.concavity >= 0, "rise": self.rise >= 0,
-            "start": 0 <= self.start < 1, "first_step": self.first_step >= 1, "gap": self.gap > 1,
-            "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
+            "full_run": self.full_run >= 1, "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
+            "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
             "damping": self.damping >= 0, "steepest": self.steepest > 1, "multiple": self.multiple >= 1,
             "floor": self.floor >= 1, "guard": self.guard > 0, "tolerance": self.tolerance >= 0,
             "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
