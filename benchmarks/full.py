@@ -120,6 +120,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, help=f"how many, {SEEDS} by default (1 with --quick)")
     parser.add_argument("--hours", type=float, help="begin no run after so long (8; with --quick 1/6)")
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--quick", action="store_true", help="ten minutes: four tasks, small shares of the data")
     args = parser.parse_args()
     args.tasks = args.tasks or (list(QUICK) if args.quick else sizes)
@@ -134,7 +135,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     results, about = QUICK_RESULTS if args.quick else RESULTS, conditions([*MEASURED, *ALSO_MEASURED])
     done = {key(run): run for run in records(results)}
     deadline = time.monotonic() + 3600 * args.hours

@@ -56,8 +56,9 @@ def main() -> None:
     names = [name for name, benchmark in suite.BENCHMARKS.items() if not benchmark.full_size]
     parser.add_argument("--tasks", nargs="+", choices=list(suite.BENCHMARKS), default=names)
     parser.add_argument("--hours", type=float, default=8, help="begin no trial after so long")
+    parser.add_argument("--threads", type=int, default=THREADS)
     args = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     deadline = time.monotonic() + 3600 * args.hours
     for name in args.tasks:
         done = {key(trial["task"], trial["settings"]): trial for trial in records(RESULTS)}
