@@ -476,6 +476,35 @@ def test_a_change_in_place_of_a_view_is_seen_by_those_who_read_its_base():
     check(model, inputs(*IMAGE), {"conv": "general"}, LAST)
 
 
+def filled(out):
+    """A recurrence with a decay for each channel, its states written one by one into what `out` makes of the layer's
+    output; on 4 sequences of 3."""
+
+    def compute(net, x):
+        h = net.a(x).tanh()
+        result, state = out(h), torch.zeros_like(h[:, 0])
+        for step in range(h.shape[1]):
+            state = net.decay * state + h[:, step]
+            result[:, step] = state
+        return net.last(result)
+
+    model = seeded(lambda: Net(compute, a=nn.Linear(6, 12), decay=nn.Parameter(torch.rand(12)), last=nn.Linear(12, 3)))
+    return model, inputs(4, 3, 6)
+
+
+def test_a_tensor_that_is_written_part_by_part_has_the_channels_of_its_parts():
+    model, x = filled(torch.zeros_like)
+    check(model, x, {"a": "general"}, LAST)
+    assert model.decay.shape == (6,)
+
+
+def test_channels_written_into_a_tensor_of_another_origin_are_pinned():
+    model, x = filled(lambda h: torch.zeros(4, 3, 12, dtype=h.dtype))
+    group = groups_of(model.double(), x)["a"]
+    assert "`aten.copy`" in group.reason
+    assert "a tensor that apoptosis doesn't follow" in group.reason
+
+
 def test_residual_block_with_norms():
     def compute(net, x):
         h = net.n1(net.a(x)).relu()
@@ -764,6 +793,22 @@ def test_model_that_exports_only_in_eval_mode():
         return net.last(net.a(x).relu())
 
     model = Net(compute, a=nn.Linear(6, 12), last=nn.Linear(12, 3)).train()
+    check(model, inputs(7, 6), {"a": "relu"}, LAST)
+
+
+def test_weights_that_forward_scales_where_the_mode_changes_are_weights():
+    """RWKV does this. After a forward pass in eval mode the next one in training mode scales them back."""
+
+    def compute(net, x):
+        if net.training == net.scaled:
+            with torch.no_grad():
+                net.last.weight.mul_(2 if net.training else 0.5)
+            net.scaled = not net.training
+        return net.last(net.a(x).relu())
+
+    model = seeded(lambda: Net(compute, a=nn.Linear(6, 12), last=nn.Linear(12, 3), scaled=False)).double()
+    model.eval()(inputs(7, 6))
+    assert model.train().scaled
     check(model, inputs(7, 6), {"a": "relu"}, LAST)
 
 

@@ -136,6 +136,41 @@ def test_a_number_in_the_code_pins(compute, told):
     assert any(told in (group.reason or "") for group in groups.values())
 
 
+class Through(nn.Linear):
+    """All of these pass one line of code."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias).tanh()
+
+
+class Halves(nn.Module):
+    """Twenty layers; a number divides what the third of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin, self.end = (nn.Sequential(*(Through(8, 8) for _ in range(count))) for count in (3, 14))
+        self.left, self.right, self.last = Through(4, 8), Through(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        left, right = self.begin(x).split(4, -1)
+        return self.last(self.end(self.left(left) + self.right(right)))
+
+
+def test_of_many_that_pass_a_failing_line_those_are_pinned_that_make_it_fail():
+    """Of the first half, none may go: the parts would be of 4 and 3 channels. The second half may be smaller."""
+    torch.manual_seed(0)
+    model, x = Halves().double(), torch.randn(36, 8, dtype=torch.float64)
+    groups = found(model, x)
+    pinned = {name for name, group in groups.items() if not group.prunable}
+    (left,) = pinned - {"last"}
+    assert groups[left].producers[0].tensor == "begin.2.weight"
+    assert groups[left].consumers[0].weight.tensor == "left.weight"
+    assert "fails with fewer of them" in (groups[left].reason or "")
+    assert len(groups) == 20
+    outcome, _ = planted(model, (x,), most=3)
+    assert outcome.problems == []
+
+
 FRESH = """
 import sys, torch
 from apoptorch import load

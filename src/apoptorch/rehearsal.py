@@ -110,11 +110,11 @@ class _Rehearsal:
         sized = self.sized(group, error) if error is not None or silent else None
         return sized or replace(group, prunable=False, reason=reason, sizes=())
 
-    def failure_of(self, group: ChannelGroup) -> Exception | None:
-        """How forward() fails when this group alone is narrowed."""
+    def failure_of(self, *groups: ChannelGroup) -> Exception | None:
+        """How forward() fails when these groups alone are narrowed."""
         with Surgery(self.model) as surgery:
             try:
-                surgery.fold_(group, _without_last(group))
+                surgery.fold_all_(groups, [_without_last(group) for group in groups])
                 return _failure(self.model, self.args, self.kwargs)
             finally:
                 surgery.undo_()
@@ -159,14 +159,27 @@ class _Rehearsal:
             where = f"{frame.filename}:{frame.lineno}"
             passing = [name for name in names if where in by_name[name].lines]
             if passing and not frame.filename.startswith(_TORCH):
-                if len(passing) <= _FEW:  # one line may do much
-                    alone = [name for name in passing if self.failure_of(by_name[name]) is not None]
-                    passing = alone or passing
+                few = len(passing) <= _FEW  # one line may do much
+                passing = self.alone(passing if few else self.culprits(names)) or passing
                 told = f"forward() fails with fewer of them at {where}: {frame.line}"
                 return dict.fromkeys(passing, f"{told} ({text}; a size written as a number?)")
         alone = [name for name in names if len(names) == 1 or self.failure_of(by_name[name]) is not None]
         reason = f"forward() fails with fewer of them: {text} (a size written as a number?)"
         return dict.fromkeys(alone or names, reason)
+
+    def alone(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` with any one of which forward() fails; all, untested, if they are many."""
+        groups = [group for group in self.groups if group.name in names]
+        return [group.name for group in groups if len(names) > _FEW or self.failure_of(group) is not None]
+
+    def culprits(self, names: Sequence[str]) -> list[str]:
+        """Of the groups `names`, with which forward() fails: one with which alone it may, found by halving, and those
+        whose channels pass the same lines."""
+        left = [group for group in self.groups if group.name in names]
+        while len(left) > 1:
+            half = left[: len(left) // 2]
+            left = left[len(half) :] if self.failure_of(*half) is None else half
+        return [g.name for g in self.groups if g.name in names and g.lines == left[0].lines]
 
     def unlike(self, narrowed: Sequence[ChannelGroup], names: Sequence[str]) -> tuple[dict[str, str], Numbers]:
         """Groups that the narrowed model no longer has; and the numbers that it computes with."""

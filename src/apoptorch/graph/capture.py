@@ -10,6 +10,8 @@ import torch
 import torch.export
 import torch.export._trace  # else imported by the first export, half a second into the training
 from torch import nn
+from torch._ops import HigherOrderOperator
+from torch.export.graph_signature import InputKind
 
 from ..errors import ExportError
 
@@ -61,10 +63,13 @@ def capture(
 ) -> torch.export.ExportedProgram:
     """The model's graph in training mode or, where that can't be exported, in eval mode; `modes`: which are tried.
 
+    A forward() that prepares its parameters once for each mode (RWKV scales weights for inference) does so only where
+    the mode changes: the graph of the mode in which it doesn't is taken.
+
     Raises:
         ExportError: no mode could be exported; the message says what was tried and how each try failed.
     """
-    failures = []
+    failures, programs = [], []
     for training in modes:
         output = io.StringIO()  # a failing export prints its whole graph
         with (
@@ -73,12 +78,28 @@ def capture(
         ):  # fmt: skip
             model.train(training)
             try:
-                return torch.export.export(model, args, kwargs, strict=False)
+                programs.append(torch.export.export(model, args, kwargs, strict=False))
             except Exception as error:  # export raises whatever the user's forward raises
                 text = next((line for line in str(error).splitlines() if line.strip()), "no message")
                 failures.append(f"in {'train' if training else 'eval'}(): {type(error).__name__}: {text.strip()[:300]}")
+                continue
+        if not _prepares_parameters(programs[-1]):
+            return programs[-1]
+    if programs:
+        return programs[0]
     raise ExportError(
         f"`model` ({type(model).__name__}) could not be captured by torch.export(strict=False); tried\n  "
         + "\n  ".join(failures)
         + "\nMake forward() free of data-dependent Python control flow, or apply apoptosis to a submodule."
+    )
+
+
+def _prepares_parameters(program: torch.export.ExportedProgram) -> bool:
+    """Does a parameter enter a block of code with a graph of its own (torch.no_grad())?"""
+    kinds = {spec.arg.name: spec.kind for spec in program.graph_signature.input_specs}
+    return any(
+        kinds.get(used.name) == InputKind.PARAMETER
+        for node in program.graph.nodes
+        if isinstance(node.target, HigherOrderOperator)
+        for used in node.all_input_nodes
     )

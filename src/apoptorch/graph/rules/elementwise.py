@@ -25,7 +25,7 @@ JOINS = (
     "maximum", "minimum", "where", "masked_fill", "lerp", "addcmul", "addcdiv", "true_divide", "floor_divide",
     "logical_and", "logical_or", "logical_not", "eq", "ne", "lt", "le", "gt", "ge", "fmod", "remainder", "atan2",
     "bitwise_not", "bitwise_and", "sign", "floor", "round", "ceil", "isnan", "isinf", "logical_xor", "zeros_like",
-    "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "log2", "exp2", "tan", "cosh", "sinh",
+    "ones_like", "full_like", "rand_like", "randn_like", "bernoulli", "log2", "exp2", "tan", "cosh", "sinh", "copy",
 )  # fmt: skip
 
 
