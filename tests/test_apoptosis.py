@@ -161,6 +161,28 @@ def test_no_event_after_the_stop():
     assert apoptosis._batches == []
 
 
+@pytest.mark.parametrize(("tokens", "limit", "held_out"), [(1, None, 4), (4, None, 1), (8, None, 1), (4, 1.0, 4)])
+def test_tokens_count_as_samples_to_plan_on_but_not_in_a_certificate(tokens, limit, held_out):
+    """A look wants 1.5 * 256 samples in batches of 32, at least 3; a third of them is held out."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 3))
+    policy = Policy(**{**vars(POLICY), "samples": 512, "max_loss_increase": limit})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def loss_fn(output, targets):
+        return F.cross_entropy(output.flatten(0, 1), targets.flatten())
+
+    x, y = normal(BATCH, tokens, 10), normal(BATCH, tokens, 3, seed=1).argmax(-1)
+    apoptosis = Apoptosis(model, optimizer, example_inputs=x, loss_fn=loss_fn, total_steps=STEPS, policy=policy)
+    event = None
+    while event is None:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        event = apoptosis.step(x, targets=y)
+    assert event.certificate.samples == held_out * BATCH
+
+
 def test_a_short_run_pays_less_by_the_square_of_its_length():
     def width_of(**changed):
         model, optimizer, apoptosis = start(policy=Policy(**{**vars(POLICY), **changed}))

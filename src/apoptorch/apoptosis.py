@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import checks, compilation
 from .batches import Batch, LossFn, split
-from .discovery import discovered
+from .discovery import discovered, positions
 from .distributed import fingerprint, unwrapped, wrapper_problems
 from .errors import AbandonedError, ArgumentError, RanksError
 from .evaluation import evaluate, pooled
@@ -80,11 +80,13 @@ class Apoptosis:
         with ranks.rebuilding(), ranks.together("tracing the model"):
             with ranks.outlined((args, kwargs)) as call:
                 groups, costs = discovered(model, *call, protect)
+            own_size = Batch(args, kwargs).size
+            self._positions = positions(model, groups, costs, own_size)
             if self.policy.cost == "milliseconds":
                 costs = milliseconds(model, groups, costs, Batch(args, kwargs))
         ranks.agree("channel groups", groups)
         self._network = Network(model, optimizers, tuple(followers), groups, ranks.first(costs), ranks)
-        self._batch_size = self._example_size = max(1, int(ranks.total([Batch(args, kwargs).size])[0]))
+        self._batch_size = self._example_size = max(1, int(ranks.total([own_size])[0]))
         timed = 0 if self.policy.payback == 0 else self._network.parameters
         self._reduce_seconds = ranks.all_reduce_seconds(timed, next(model.parameters()).device) / max(1, timed)
         self._step = 0
@@ -246,9 +248,13 @@ class Apoptosis:
         return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), fewest)
 
     def _batches_wanted(self) -> int:
-        widest = max((group.width * group.entries for group in self._network.prunable(self.policy.floor)), default=0)
-        samples = min(self.policy.samples, max(4 * widest, self.policy.samples // 2))
-        return max(3, math.ceil(1.5 * samples / self._batch_size))
+        policy, fewest = self.policy, 3.0
+        limited = policy.max_changed_predictions is not None or policy.max_loss_increase is not None
+        for group in self._network.prunable(policy.floor):
+            samples = min(policy.samples, max(4 * group.width * group.entries, policy.samples // 2))
+            positions = 1.0 if limited else self._positions[group.name]  # a certificate counts inputs
+            fewest = max(fewest, 1.5 * samples / (positions * self._batch_size))
+        return math.ceil(fewest)
 
     def _next_wake(self) -> int:
         """Gathering begins in time for the event, if one can still come."""

@@ -13,6 +13,7 @@ from torch import nn
 from .graph import Tracer, assemble, traced, with_whole_heads
 from .plan import ChannelGroup, CostTerm
 from .rehearsal import places_of, rehearsed
+from .surgery import named_tensors
 
 Found = tuple[list[ChannelGroup], list[CostTerm]]
 
@@ -76,3 +77,17 @@ def _protected(group: ChannelGroup, protect: Sequence[str]) -> ChannelGroup:
             reason = "; ".join(filter(None, (f"protected by protect=({name!r},)", group.reason)))
             return replace(group, prunable=False, reason=reason)
     return group
+
+
+def positions(
+    model: nn.Module, groups: Sequence[ChannelGroup], costs: Sequence[CostTerm], inputs: int
+) -> dict[str, float]:
+    """How often linear layers read each group in one of the inputs: its tokens, say. Convolutions count as 1, since
+    neighbouring pixels are alike.
+    """
+    tensors, found = named_tensors(model), dict[str, float]()
+    for group in groups:
+        linear = all(tensors[consumer.weight.tensor].ndim == 2 for consumer in group.consumers)
+        read = [term.flops / (2 * term.parameters) for term in costs if term.in_group == group.name and term.parameters]
+        found[group.name] = max(1.0, min(read) / max(1, inputs)) if linear and read else 1.0
+    return found

@@ -21,8 +21,9 @@ class Policy:
         stop: no event after this share of the run.
         payback: an event happens if it is expected to save this many times the seconds that it costs; 0: always. A
             smaller network is worth something too, hence less than 1.
-        samples: inputs on which a removal is planned: four for each channel of the widest group, but at most
-            this number and at least half of it; half as many again are held out to judge it.
+        samples: inputs, or tokens where layers are linear in each, on which a removal is planned: four for each channel
+            of the widest group, but at most this number and at least half of it; half as many again are held out to
+            judge it. With one of the hard limits below only inputs count.
         damping: see `calibrate.measure`.
         steepest: no look narrows a group by more than this factor: what has no use yet may get one.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`.
