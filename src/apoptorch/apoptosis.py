@@ -103,7 +103,8 @@ class Apoptosis:
         if compiled and ranks.sharded is None:  # shards are put together in new tensors
             compilation.follow_widths_(model, groups)
         self._compile_seconds, self._compiles_since = 0.0, time.perf_counter() if compiled else math.inf
-        self._stepped = not optimizers
+        self._device_type = next(model.parameters()).device.type
+        self._unmarked = self._stepped = not optimizers  # without optimizers there is nobody to mark a step
         for item in optimizers:
             item.register_step_post_hook(self._mark_stepped)
 
@@ -131,10 +132,10 @@ class Apoptosis:
         """
         if (
             self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident()
-            and not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
+            and not torch.is_autocast_enabled(self._device_type)
         ):  # fmt: skip
             self._step += 1  # nothing to do: the common case
-            self._stepped = not self._network.optimizers
+            self._stepped = self._unmarked
             return None
         self._check_moment()
         idle = 1 < self._step + 1 < self._wake
@@ -143,7 +144,7 @@ class Apoptosis:
         if ranks.alone and not idle:  # else at the event, by all ranks together
             checks.checked(problems or self._batch_problems(batch))
         self._step += 1
-        self._stepped = not self._network.optimizers
+        self._stepped = self._unmarked
         if idle:
             return None
         if self._step == 1:
