@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from apoptorch import (
@@ -161,11 +161,12 @@ def test_no_event_after_the_stop():
     assert apoptosis._batches == []
 
 
+@pytest.mark.parametrize("wrap", [lambda layer: layer, weight_norm, spectral_norm])
 @pytest.mark.parametrize(("tokens", "limit", "held_out"), [(1, None, 4), (4, None, 1), (8, None, 1), (4, 1.0, 4)])
-def test_tokens_count_as_samples_to_plan_on_but_not_in_a_certificate(tokens, limit, held_out):
+def test_tokens_count_as_samples_to_plan_on_but_not_in_a_certificate(tokens, limit, held_out, wrap):
     """A look wants 1.5 * 256 samples in batches of 32, at least 3; a third of them is held out."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 3))
+    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), wrap(nn.Linear(64, 3)))
     policy = Policy(**{**vars(POLICY), "samples": 512, "max_loss_increase": limit})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 

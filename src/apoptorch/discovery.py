@@ -14,6 +14,7 @@ from .graph import Tracer, assemble, traced, with_whole_heads
 from .plan import ChannelGroup, CostTerm
 from .rehearsal import places_of, rehearsed
 from .surgery import named_tensors
+from .surgery.tensors import effective, target_of
 
 Found = tuple[list[ChannelGroup], list[CostTerm]]
 
@@ -87,7 +88,8 @@ def positions(
     """
     tensors, found = named_tensors(model), dict[str, float]()
     for group in groups:
-        linear = all(tensors[consumer.weight.tensor].ndim == 2 for consumer in group.consumers)
+        read_by = [target_of(model, tensors, consumer.weight.tensor) for consumer in group.consumers]
+        linear = all(weight is not None and effective(weight).ndim == 2 for weight in read_by)
         read = [term.flops / (2 * term.parameters) for term in costs if term.in_group == group.name and term.parameters]
         found[group.name] = max(1.0, min(read) / max(1, inputs)) if linear and read else 1.0
     return found
