@@ -26,7 +26,6 @@ def spend(
     multiple: int | Mapping[str, int] = 8,
     floor: int | Mapping[str, int] = 1,
     least_worth: float = 0.0,
-    concavity: float = 0.0,
 ) -> dict[str, int]:
     """Widths that save the most cost while the predicted errors sum to at most `budget`.
 
@@ -41,8 +40,7 @@ def spend(
             ratios matter. Every group named here needs a curve; one that may not shrink has inf below n.
         multiple: allowed widths are its multiples, and the full width whatever it is.
         floor: least width.
-        least_worth: steps that save less cost than this per error are not taken, once the cost is multiplied by ...
-        concavity: ... (total cost before the step) ** concavity: the last tenth of a cost is worth less than the first.
+        least_worth: steps that save less cost than this per error are not taken.
     """
     curves = {name: curve.cpu() for name, curve in curves.items()}  # read number by number below
     terms = {name: [term for term in costs if name in (term.out_group, term.in_group)] for name in curves}
@@ -61,8 +59,7 @@ def spend(
             if name not in worth:
                 worth[name] = _worth(name, steps[name], terms[name], widths)
         name = max(worth, key=worth.__getitem__, default=None)
-        scale = flops(costs, widths) ** concavity if concavity else 1.0
-        if name is None or worth[name][0] * scale <= least_worth:
+        if name is None or worth[name][0] <= least_worth:
             return widths
         widths[name] = steps.pop(name).width
         spent[name] = float(curves[name][widths[name]])

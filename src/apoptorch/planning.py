@@ -40,7 +40,7 @@ def plan(
     """
     priced, ranks, device = math.isfinite(price), network.ranks, next(network.model.parameters()).device
     costs, named = network.open_costs(groups), {group.name: group for group in groups}
-    worth = price * flops(costs, network.widths) ** (1 + policy.concavity)  # of all that the groups still cost
+    worth = price * flops(costs, network.widths)  # of all that the groups still cost
     stop = min(worth / 100, budget / (20 if priced else 500))  # finer differences would not change what is bought
     steepest = policy.steepest if priced else math.inf
     floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
@@ -62,10 +62,8 @@ def plan(
         g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g, moments[g.name].samples) for g in groups
     }
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
-    widths = spend(
-        asked, costs, budget=budget, multiple=steps, floor=floors,
-        least_worth=1 / price if price > 0 else math.inf, concavity=policy.concavity,
-    )  # fmt: skip
+    least_worth = 1 / price if price > 0 else math.inf
+    widths = spend(asked, costs, budget=budget, multiple=steps, floor=floors, least_worth=least_worth)
     narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
     refits = ranks.shared(narrowed, refit, "folding", device)
     plans = [refits[name][0] for name in narrowed]

@@ -13,7 +13,6 @@ class Policy:
         price: what the network's whole cost (half FLOPs, half parameters, at full width) is worth, as a share of what
             has been learned, the fall of the loss since the first step: channels that are 1 % of the cost go if that
             is predicted to lose less than price / 100 of it.
-        concavity: the price falls as cost ** concavity with the cost that is left, as a share of the full network's.
         rise: the price at share p of the run is price * p ** rise: early, the network has more to learn.
         full_run: a run of fewer steps pays less, by the square of their ratio: it has less time to learn again.
         start, first_step: the first event comes after this share of the run, but not before this step.
@@ -36,9 +35,8 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.0375
-    concavity: float = 0.5
-    rise: float = 0.5
+    price: float = 0.018
+    rise: float = 0.75
     full_run: int = 2000
     start: float = 0.04
     first_step: int = 100
@@ -60,8 +58,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         rules = {
-            "price": self.price > 0, "concavity": self.concavity >= 0, "rise": self.rise >= 0,
-            "full_run": self.full_run >= 1, "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
+            "price": self.price > 0, "rise": self.rise >= 0, "full_run": self.full_run >= 1,
+            "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
             "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
             "damping": self.damping >= 0, "steepest": self.steepest > 1, "multiple": self.multiple >= 1,
             "floor": self.floor >= 1, "guard": self.guard > 0, "tolerance": self.tolerance >= 0,
@@ -77,7 +75,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(price=0.015),
+    "conservative": Policy(price=0.007),
     "normal": Policy(),
-    "aggressive": Policy(price=0.15),
+    "aggressive": Policy(price=0.07),
 }
