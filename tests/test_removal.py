@@ -665,25 +665,40 @@ def test_shares_of_cost_sum_to_one_at_full_width():
     assert network.flops() == flops(costs, full)
 
 
-@pytest.mark.parametrize("shrunk", [1, 16])
-def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(shrunk, monkeypatch):
-    """The widths that a price buys are those of the whole error curves, also when little of the cost is left."""
+class Deep(nn.Module):
+    """Many groups, each a small part of the cost."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16)) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize(("depth", "shrunk"), [(2, 1), (2, 16), (30, 1)])
+def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(depth, shrunk, monkeypatch):
+    """The widths that a price buys are those of the whole error curves, also when little of the cost is left, or each
+    group is a small part of it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
-    x = data(2048, 10)
+    model, x = Deep(depth), data(1024, 16)
     groups, costs = trace(model, (x,), {})
     groups = [dataclasses.replace(group, full_width=shrunk * group.width) for group in groups]
     network, policy = Network(model, (), (), groups, costs), Policy(multiple=1, floor=1)
     groups = network.prunable(1)
     moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
-    prices, found = [10.0**exponent for exponent in range(-4, 3)], []
+    prices, found = [10.0 ** (exponent / 2) for exponent in range(-4, 3)], []
     for search in (select_blocks, lambda *args, **kwargs: select_blocks(*args, **kwargs | {"stop": 0.0})):
         with monkeypatch.context() as patch:
             patch.setattr(planning, "select_blocks", search)
             plans = [planning.plan(network, groups, moments, policy, 1.0, price)[0] for price in prices]
-            found.append([sum(64 - len(item.keep) for item in each) for each in plans])
-    assert found[0] == pytest.approx(found[1], abs=2)
-    assert any(0 < gone < 100 for gone in found[1])  # prices that buy something, but not all
+            found.append([sum(48 - len(item.keep) for item in each) for each in plans])
+    assert found[0] == pytest.approx(found[1], abs=depth)
+    assert any(0.2 < gone / (48 * depth) < 0.8 for gone in found[1])  # prices that buy something, but not all
 
 
 def test_certificate_counts_changed_predictions():

@@ -40,15 +40,18 @@ def plan(
     """
     priced, ranks, device = math.isfinite(price), network.ranks, next(network.model.parameters()).device
     costs, named = network.open_costs(groups), {group.name: group for group in groups}
-    worth = price * flops(costs, network.widths)  # of all that the groups still cost
-    stop = min(worth / 100, budget / (20 if priced else 500))  # finer differences would not change what is bought
     steepest = policy.steepest if priced else math.inf
     floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
     steps = {group.name: _step(group, policy.multiple) for group in groups}
 
+    def finest(name: str) -> float:
+        """Finer differences would not change what is bought of this group."""
+        saved = flops(costs, network.widths) - flops(costs, network.widths | {name: floors[name]})
+        return min(price * saved / 50, budget / 20) if priced else budget / 500
+
     def search(name: str) -> tuple[Selection, Float64[Tensor, " k+1"] | None]:
         group, m = named[name], moments[name]
-        found = _search(group, m, stop=stop, floor=floors[name], multiple=steps[name])
+        found = _search(group, m, stop=finest(name), floor=floors[name], multiple=steps[name])
         return found, None if priced else _first_orders(group, m, found)
 
     def refit(name: str) -> tuple[FoldPlan, float]:
