@@ -822,3 +822,18 @@ def test_export_error_says_what_was_tried(capsys):
     assert "in eval()" in str(error.value)
     assert "submodule" in str(error.value)
     assert capsys.readouterr() == ("", "")
+
+
+def test_rows_of_a_weight_that_forward_computes_are_a_group_with_that_reason():
+    """Weight standardisation (NFNets)."""
+
+    def compute(net, x):
+        weight = F.batch_norm(net.a.weight.flatten(1)[None], None, None, net.scale, training=True).view_as(net.a.weight)
+        return net.last(F.conv2d(x, weight, net.a.bias).relu().mean((2, 3)))
+
+    model = Net(compute, a=nn.Conv2d(3, 8, 3), last=nn.Linear(8, 2), scale=nn.Parameter(torch.ones(8)))
+    groups = {group.name: group for group in trace(model, (torch.randn(4, 3, 8, 8),), {})[0]}
+    (slots,) = [
+        {slot.tensor for slot in g.slots} for g in groups.values() if "computed in forward()" in (g.reason or "")
+    ]
+    assert slots == {"a.weight", "scale"}

@@ -41,6 +41,9 @@ class Moments:
         damping: share of `energy` in `metric` that is damping.
         noise: squared standard error of the first-order change of the loss, over the undamped second-order change; 0
             without a loss.
+        shares: of a group of experts, how many of the samples each of them read; else all in one. `second` and `mean`
+            are then those of each expert's own samples, and 0 between experts; `metric` and `energy` are weighted by
+            how often it reads, so that what they say of a residual is the loss over all samples.
     """
 
     second: Float[Tensor, "n n"]
@@ -54,6 +57,7 @@ class Moments:
     sources: tuple[tuple[int, Float[Tensor, "n n"], Float[Tensor, " n"]], ...] = ()
     damping: float = 0.0
     noise: float = 0.0
+    shares: tuple[int, ...] = ()
 
     @property
     def half_damped(self) -> Float[Tensor, "n n"]:
@@ -90,12 +94,13 @@ class _Sums:
 
     def __init__(self, group: ChannelGroup, like: Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.group = group
+        self.group, size = group, group.width // group.experts
+        self.parts = [slice(i * size, (i + 1) * size) for i in range(group.experts)]
         self.zeros = partial(torch.zeros, dtype=dtype, device=like.device)
         self.metric, self.energy = self.zeros(group.width, group.width), self.zeros(group.width, group.width)
         self.curvature = self.zeros(())
-        # consumers -> sums of a a^T, a, u a^T and u; number of positions
-        self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, int]] = {}
+        # consumers -> sums of a a^T, a, u a^T and u; number of positions, for each expert
+        self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def add_columns(self, weight: Tensor, slot: Slot, paired: bool) -> None:
         if paired:  # what is read is what is made
@@ -103,59 +108,84 @@ class _Sums:
             return
         index = slot.index(self.group.width).to(weight.device)
         columns = slot.opened(weight.detach()).movedim(slot.dim, 0)[index].flatten(1)
-        _add_gram(self.energy, columns.mT.to(self.energy.dtype), 1.0)
+        for part in self.parts:
+            _add_gram(self.energy[part, part], columns[part].mT.to(self.energy.dtype), 1.0)
 
     def add(
         self, readings: Sequence[Reading], gradient: Tensor | None, output_gradients: Sequence[Tensor | None],
         terms: float, inputs: float,
     ) -> None:  # fmt: skip
         """One tensor, and the consumers that read it; no gradient where nothing that the loss sees depends on it."""
-        first = readings[0]
-        a = first.channels(first.source).to(self.metric.dtype)
+        first, n = readings[0], len(self.metric)
         key = tuple(sorted({reading.reader.index for reading in readings}))
         if key not in self.sources:
-            n = len(self.metric)
-            self.sources[key] = self.zeros(n, n), self.zeros(n), self.zeros(n, n), self.zeros(n), 0
-        second, mean, cross, slope, positions = self.sources[key]
-        _add_gram(second, a, 1.0)
-        self.sources[key] = second, mean.add_(a.sum(0)), cross, slope, positions + len(a)
+            counts = torch.zeros(len(self.parts), dtype=torch.int64, device=self.metric.device)
+            self.sources[key] = self.zeros(n, n), self.zeros(n), self.zeros(n, n), self.zeros(n), counts
+        second, mean, cross, slope, counts = self.sources[key]
+        gradients = dict(first.channels(gradient)) if gradient is not None else {}
+        for expert, entries in first.channels(first.source):
+            part, a = self.parts[expert], entries.to(self.metric.dtype)
+            own = a.any(1) if len(self.parts) > 1 else slice(None)  # rows of zeros: tokens of other experts
+            a = a[own]
+            _add_gram(second[part, part], a, 1.0)
+            mean[part].add_(a.sum(0))
+            counts[expert] += len(a)
+            if gradient is None:
+                continue
+            u = gradients[expert].to(self.metric.dtype)[own]
+            _add_gram(self.metric[part, part], u, terms)
+            if inputs:
+                slope[part].add_(u.sum(0), alpha=inputs)
+                cross[part, part].addmm_(u.mT, a, alpha=inputs)
         if gradient is None:
             return
-        u = first.channels(gradient).to(self.metric.dtype)
-        _add_gram(self.metric, u, terms)
-        if inputs:
-            slope.add_(u.sum(0), alpha=inputs)
-            cross.addmm_(u.mT, a, alpha=inputs)
         for reading, output_gradient in zip(readings, output_gradients, strict=True):
             if output_gradient is not None:
-                self.curvature += terms * output_gradient.square().sum() / reading.reader.weight.shape[0]
+                self.curvature += terms * output_gradient.square().sum() / _outputs(reading)
 
     def moments_(self, scale: float, inputs: float, damping: float, noise: float) -> Moments:
         """The averages; the sums are used up."""
         consumers, inputs, curvature = self.group.consumers, max(1.0, inputs), float(self.curvature)
-        metric = self.metric.add_(self.energy, alpha=damping * curvature).mul_(scale)
         keys, sums = sorted(self.sources), [self.sources[key] for key in sorted(self.sources)]
+        counts = _sum([each[-1] for each in sums])
+        if len(self.parts) > 1:
+            self.energy.mul_(self.spread(counts / counts.sum().clamp(min=1)))
+        metric = self.metric.add_(self.energy, alpha=damping * curvature).mul_(scale)
         means = [(cross.div_(inputs), slope.div_(inputs)) for _, _, cross, slope, _ in sums]
         sources = tuple((key[0], *mean) for key, mean in zip(keys, means, strict=True))
         several, readers = len(sources) > 1, []
         for i, consumer in enumerate(consumers if several else ()):
             own = [each for key, each in zip(keys, sums, strict=True) if i in key] or sums
-            readers.append(_mean_moments(own, constant=consumer.bias is not None))
-        second, mean = _mean_moments(sums, constant=all(consumer.bias for consumer in consumers))
+            readers.append(self.averages(own, constant=consumer.bias is not None))
+        second, mean = self.averages(sums, constant=all(consumer.bias for consumer in consumers))
         return Moments(
-            second, mean, _mirror_(metric), _mirror_(self.energy), sum(each[-1] for each in sums),
+            second, mean, self.mirror_(metric), self.mirror_(self.energy), int(counts.sum()),
             _sum([slope for _, slope in means]), _sum([cross for cross, _ in means]), tuple(readers),
             sources if several else (),
-            damping=scale * damping * curvature, noise=noise,
+            damping=scale * damping * curvature, noise=noise, shares=tuple(counts.tolist()),
         )  # fmt: skip
 
+    def averages(
+        self, sums: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]], *, constant: bool
+    ) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"] | None]:
+        number = self.spread(_sum([each[-1] for each in sums]).clamp(min=1))
+        second, mean = _sum([each[0] for each in sums]), _sum([each[1] for each in sums])
+        return self.mirror_(second / number), mean / number if constant else None
 
-def _mean_moments(
-    sums: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]], *, constant: bool
-) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"] | None]:
-    number = sum(each[-1] for each in sums)
-    second, mean = _sum([each[0] for each in sums]), _sum([each[1] for each in sums])
-    return _mirror_(second / number), mean / number if constant else None
+    def spread(self, each: Float[Tensor, " experts"]) -> Float[Tensor, " n"]:
+        """One number for each channel, that of its expert."""
+        return each.to(self.metric.dtype).repeat_interleave(len(self.metric) // len(each))
+
+    def mirror_(self, total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+        for part in self.parts:
+            _mirror_(total[part, part])
+        return total
+
+
+def _outputs(reading: Reading) -> int:
+    """How many numbers a layer makes of what it reads."""
+    weight, slot, experts = reading.reader.weight, reading.reader.slot, reading.reader.experts
+    return weight.shape[0] if experts == 1 else weight.numel() // (experts * weight.shape[slot.dim])
 
 
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
@@ -192,13 +222,9 @@ class _Totals:
     def pooled_(self, ranks: Ranks) -> None:
         for name in self.groups:
             sums = self.groups[name]
-            parts = [tensor for key in sorted(sums.sources) for tensor in sums.sources[key][:-1]]
+            parts = [tensor for key in sorted(sums.sources) for tensor in sums.sources[key]]
             ranks.total_([sums.metric, sums.curvature, *parts])
-        keys = [(sums, key) for sums in self.groups.values() for key in sorted(sums.sources)]
-        numbers = [self.samples, self.curvature, self.fisher, *(sums.sources[key][-1] for sums, key in keys)]
-        self.samples, self.curvature, self.fisher, *positions = ranks.total(numbers)
-        for (sums, key), total in zip(keys, positions, strict=True):
-            sums.sources[key] = (*sums.sources[key][:-1], int(total))
+        self.samples, self.curvature, self.fisher = ranks.total([self.samples, self.curvature, self.fisher])
 
     @property
     def matched(self) -> float:
@@ -218,7 +244,8 @@ def measure(
     Hessian: the two differ once examples are fitted, as the gradients vanish before the curvature does.
     `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
     Without `loss_fn` the "loss" is the relative mean squared change of the model's output. Groups that are read in
-    training mode only (by an auxiliary head), or in a way that can't be followed, have none.
+    training mode only (by an auxiliary head), or in a way that can't be followed, have none; nor have experts one of
+    which read fewer samples than it has hidden units, of which no regression could tell what they share.
     """
     groups = [group.by_entry() for group in groups]
     with ranks.together("measuring the activations"):
@@ -226,11 +253,10 @@ def measure(
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
     noise = 2 / (totals.matched * totals.samples) if loss_fn and totals.matched * totals.samples > 0 else 0.0
-    return {
-        group.name: totals.groups[group.name].moments_(scale, totals.samples, damping, noise)
-        for group in groups
-        if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
-    }
+    read = {name: group for group in groups if (name := group.name) in totals.groups and name not in totals.lost}
+    read = {name: group for name, group in read.items() if totals.groups[name].sources}
+    found = {name: totals.groups[name].moments_(scale, totals.samples, damping, noise) for name in read}
+    return {n: m for n, m in found.items() if read[n].experts == 1 or min(m.shares) >= len(m.second) // len(m.shares)}
 
 
 def _totals(
@@ -248,7 +274,7 @@ def _totals(
         readers: dict[int, list[Reader]] = {}
         for name, weight in ranks.weights(consumers, partial(weight_of, model)):
             for group, i, slot in consumers[name]:
-                reader = Reader(group.name, i, slot, group.width, weight, group.paired)
+                reader = Reader(group.name, i, slot, group.width, weight, group.paired, group.experts)
                 readers.setdefault(id(weight), []).append(reader)
                 totals.groups.setdefault(group.name, _Sums(group, weight)).add_columns(weight, slot, group.paired)
         for i, batch in enumerate(batches):

@@ -26,16 +26,22 @@ def explained(groups: Sequence[ChannelGroup], history: Sequence[Event], outlook:
 
 
 def _sentence(group: ChannelGroup, history: Sequence[Event], outlook: Outlook) -> str:
-    width, full = group.width, group.full_width
+    width, full, every = group.width, group.full_width, "channels"
     if not group.prunable:
         return f"keeps its {width} channels: {group.reason}; {_unpin(group.reason or '')}"
+    if group.experts > 1:
+        width, full, every = (
+            width // group.experts,
+            full // group.experts,
+            f"channels in each of {group.experts} experts",
+        )
     part = [(event, change) for event in history for change in event.changes if change.group == group.name]
     if width < full:
         last, change = next((e, c) for e, c in reversed(part) if not e.rolled_back) if part else (None, None)
         when = f", last at step {last.step}" if last else ""
         cost = f", predicted to raise the loss by {change.predicted:.2g}" if change and change.predicted else ""
-        return f"{full} -> {width} channels{when}{cost}"
-    return f"{full} -> {width} channels: {_obstacle(group, [e for e, _ in part if e.rolled_back], outlook)}"
+        return f"{full} -> {width} {every}{when}{cost}"
+    return f"{full} -> {width} {every}: {_obstacle(group, [e for e, _ in part if e.rolled_back], outlook)}"
 
 
 def _obstacle(group: ChannelGroup, undone: Sequence[Event], outlook: Outlook) -> str:

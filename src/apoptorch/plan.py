@@ -149,6 +149,11 @@ class ChannelGroup:
         return (*self.producers, *(consumer.weight for consumer in self.consumers if consumer.paired))
 
     @property
+    def experts(self) -> int:
+        """How many blocks are experts: each lies in its own part of every tensor, and no sample is read by two."""
+        return self.blocks if all(slot.split for slot in self.slots) else 1
+
+    @property
     def least_step(self) -> int:
         """How many channels go at least."""
         return self.blocks * self.multiple

@@ -20,6 +20,7 @@ from .redundancy import (
     first_order_curve,
     fold_blocks,
     others,
+    overfit,
     select_blocks,
     select_whole,
     unexplained,
@@ -61,9 +62,7 @@ def plan(
         return _refit(named[name], moments[name], keep, cautious, scaled)
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
-    curves = {
-        g.name: searches[g.name][0].curve(g.width, floors[g.name]) * overfit(g, moments[g.name].samples) for g in groups
-    }
+    curves = {g.name: searches[g.name][0].curve(g.width, floors[g.name]) * _beyond(g, moments[g.name]) for g in groups}
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
     least_worth = 1 / price if price > 0 else math.inf
     widths = spend(asked, costs, budget=budget, multiple=steps, floor=floors, least_worth=least_worth)
@@ -77,7 +76,10 @@ def plan(
 def _search(group: ChannelGroup, m: Moments, *, stop: float, floor: int, multiple: int) -> Selection:
     if group.entries > 1:
         return select_whole(m.second, m.mean, m.metric, group.entries, stop=stop, floor=floor, multiple=multiple)
-    return select_blocks(m.second, m.mean, m.metric, group.blocks, stop=stop, floor=floor, multiple=multiple)
+    samples = m.shares if group.experts > 1 else ()
+    return select_blocks(
+        m.second, m.mean, m.metric, group.blocks, stop=stop, floor=floor, multiple=multiple, samples=samples
+    )
 
 
 def _first_orders(group: ChannelGroup, m: Moments, found: Selection) -> Float64[Tensor, " k+1"]:
@@ -96,8 +98,9 @@ def _refit(
     share = float((m.energy[lost][:, lost] * rest).sum() / torch.dot(m.energy.flatten(), m.second.flatten()))
     sources = m.sources or ((0, m.cross, m.slope),)
     sudden = math.fsum(first_order(cross, slope, keep, (own or [regression])[i]) for i, cross, slope in sources)
-    lasting = 0.5 * max(0.0, float((m.half_damped[lost][:, lost] * rest).sum()))
-    lasting *= float(overfit(group, m.samples)[len(chosen)])
+    used, each = len(keep) // len(m.shares), len(m.second) // len(m.shares)  # of one expert
+    ratios = torch.stack([overfit(used, samples)[-1] for samples in m.shares]).to(rest).repeat_interleave(each)
+    lasting = 0.5 * max(0.0, float(((m.half_damped[lost][:, lost] * rest).sum(1) * ratios[lost]).sum()))
     folds, scale = own or [regression] * len(group.consumers), None
     if scaled:
         scale = regression.coeffs.square().sum(0).sqrt()
@@ -144,10 +147,11 @@ def _with_first_order(
     return curve + sudden.flip(0).cummax(0).values.flip(0).to(curve.device)
 
 
-def overfit(group: ChannelGroup, samples: int) -> Float64[Tensor, " n+1"]:
-    """How much more a regression on 0 ... n survivors leaves unexplained on new data (generalised cross-validation)."""
-    used = torch.arange(group.width + 1, dtype=torch.float64) * group.entries / max(samples, 1)
-    return (1 - used.clamp(max=0.9)) ** -2
+def _beyond(group: ChannelGroup, m: Moments) -> Float64[Tensor, " n+1"]:
+    """How much more than on what was measured is lost at every width; of experts, `select_blocks` has counted it."""
+    if group.experts > 1:
+        return torch.ones(group.width + 1, dtype=torch.float64)
+    return overfit(group.width * group.entries, m.samples)[:: group.entries]
 
 
 def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:

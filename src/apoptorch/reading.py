@@ -1,8 +1,8 @@
 """What consumers read: seen in a forward pass by the weights that they read it with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from .plan import Slot
 @dataclass(frozen=True, eq=False)
 class Reader:
     """A group's consumer number `index`, with the weight that the forward pass uses; `paired`: its rows, not its
-    columns, have the channels, and what it makes is what is read."""
+    columns, have the channels, and what it makes is what is read. `experts`: as many blocks are read apart."""
 
     group: str
     index: int
@@ -26,6 +26,10 @@ class Reader:
     width: int
     weight: Tensor
     paired: bool = False
+    experts: int = 1
+
+
+Parts = Sequence[tuple[int, tuple[slice, ...]]]  # experts, and where in a tensor lies what each of them reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +40,39 @@ class Reading:
     source: Tensor
     dim: int
     output: Tensor
+    parts: Parts = ((0, ()),)
 
-    def channels(self, x: Tensor) -> Float[Tensor, "positions n"]:
-        """The source (or its gradient) as samples and positions x n channels."""
-        entries = x.detach().movedim(self.dim, -1)
-        slot, count = self.reader.slot, self.reader.width * self.reader.slot.inner
-        if slot.positions is not None:
-            entries = entries[..., torch.tensor(slot.positions, device=x.device)]
-        return entries[..., :count].unflatten(-1, (-1, slot.inner)).transpose(-1, -2).flatten(0, -2)
+    def channels(self, x: Tensor) -> Iterator[tuple[int, Float[Tensor, "positions m"]]]:
+        """The source (or its gradient) as samples and positions x channels, those of one expert after the other."""
+        slot, count = self.reader.slot, self.reader.width * self.reader.slot.inner // self.reader.experts
+        for expert, where in self.parts:
+            entries = x.detach()[where].movedim(self.dim, -1)
+            if slot.positions is not None:
+                own = torch.tensor(slot.positions[expert * count : (expert + 1) * count], device=x.device)
+                entries = entries[..., own - expert * self.reader.weight.shape[slot.dim]]
+            if entries.numel():
+                yield expert, entries[..., :count].unflatten(-1, (-1, slot.inner)).transpose(-1, -2).flatten(0, -2)
+
+
+class Use(NamedTuple):
+    """A tensor that an op is given, a weight or a view of one: along `dim` its channels lie, along `along` its experts;
+    of the expert `expert` it is a part. `dim` is None if it holds no channels that can be told."""
+
+    reader: Reader
+    weight: Tensor
+    dim: int | None
+    along: int | None = None
+    expert: int | None = None
+
+
+class View(NamedTuple):
+    """Which of a weight's dimensions a view of it has, in its own order: all (weight.T), or all but one, of which it
+    is one entry, `part`: that dimension and the entry (experts[3])."""
+
+    tensor: Tensor
+    weight: Tensor
+    dims: tuple[int, ...]
+    part: tuple[int, int] | None
 
 
 _CONVOLUTIONS = (
@@ -76,6 +105,27 @@ def _read(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> tuple[int
     return None
 
 
+def _parts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], use: Use, place: tuple[int, int]) -> Parts | None:
+    """What each expert reads of the argument that a layer reads with its weight; None if that isn't known."""
+    experts, source, along = use.reader.experts, args[place[0]], use.along
+    if use.expert is not None:
+        return ((use.expert, ()),)
+    if along is None:
+        return ((0, ()),)
+    if getattr(func, "__name__", "") in _GROUPED:
+        ends = (args[2] if len(args) > 2 else kwargs["offs"]).tolist()
+        return [(e, (slice(*rows),)) for e, rows in enumerate(zip([0, *ends], ends, strict=False))]
+    if func is torch.einsum:
+        terms = args[0].replace(" ", "").split("->")[0].split(",")
+        letter = terms[2 - place[0]][along]
+        at = terms[place[0] - 1].find(letter)
+    else:
+        at = source.ndim - use.weight.ndim + along if along < use.weight.ndim - 2 else -1
+    if at < 0 or source.shape[at] != experts:
+        return None
+    return [(e, (slice(None),) * at + (slice(e, e + 1),)) for e in range(experts)]
+
+
 def _made(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> int | None:
     """Along which dimension of its output a layer has what these rows of its weight make; None if that isn't known."""
     if func is F.linear and args[1] is weight and dim == 0:
@@ -87,9 +137,8 @@ def _made(func: Any, args: Sequence[Any], weight: Tensor, dim: int) -> int | Non
     return None
 
 
-def _kept(view: Tensor, weight: Tensor) -> tuple[int, ...] | None:
-    """Which of the weight's dimensions a view of it has, in its own order: all (weight.T), or all but one, of which it
-    is one entry (experts[3]). None if it is another tensor."""
+def _view(view: Tensor, weight: Tensor) -> View | None:
+    """The tensor as a view of the weight; None if it is another tensor."""
     places = [*zip(weight.shape, weight.stride(), strict=True)]
     found = [*zip(view.shape, view.stride(), strict=True)]
     if view.dtype != weight.dtype or len(set(places)) < len(places) or len(set(found)) < len(found):
@@ -99,7 +148,8 @@ def _kept(view: Tensor, weight: Tensor) -> tuple[int, ...] | None:
     inside = rest == 0 and offset % stride == 0 and 0 <= offset // stride < size
     if not inside or len(gone) > 1 or not set(found) <= set(places):
         return None
-    return tuple(places.index(place) for place in found)
+    part = (places.index(gone[0]), offset // stride) if gone else None
+    return View(view, weight, tuple(places.index(place) for place in found), part)
 
 
 def _lstm(gates: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,27 +209,35 @@ class Recorder(TorchFunctionMode):
         self.readings: list[Reading] = []
         self.lost: set[str] = set()
         self.starts: dict[int, tuple[Tensor, Tensor]] = {}  # what is read, and its stand-in that readers are given
-        self.views: dict[int, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  # of known weights, these, kept dimensions
+        self.views: dict[int, View] = {}  # of known weights
 
-    def known(self, leaf: Any) -> list[tuple[Reader, Any, int | None]]:
-        """Who reads with this tensor, a weight or a view of one, and along which of its dimensions."""
-        _, weight, dims = self.views.get(id(leaf), (leaf, leaf, None))
-        readers = self.readers.get(id(weight), ())
-        if dims is None:
-            return [(reader, leaf, reader.slot.dim) for reader in readers]
-        kept = {d: i for i, d in enumerate(dims)}
-        return [(r, leaf, kept.get(r.slot.dim) if r.slot.split is None else None) for r in readers]
+    def known(self, leaf: Any) -> list[Use]:
+        """Who reads with this tensor, a weight or a view of one."""
+        view = self.views.get(id(leaf))
+        readers = self.readers.get(id(leaf if view is None else view.weight), ())
+        return [self.use(reader, leaf, view) for reader in readers]
+
+    def use(self, reader: Reader, leaf: Tensor, view: View | None) -> Use:
+        split = reader.slot.split
+        if view is None:
+            return Use(reader, leaf, reader.slot.dim, split[0] if split and reader.experts > 1 else None)
+        kept = {d: i for i, d in enumerate(view.dims)}
+        if split is None:
+            return Use(reader, leaf, kept.get(reader.slot.dim))
+        own = view.part[1] if view.part and view.part[0] == split[0] else None
+        told = reader.experts > 1 and (own is not None or split[0] in kept)
+        return Use(reader, leaf, kept.get(reader.slot.dim) if told else None, kept.get(split[0]), own)
 
     def follow(self, result: Any, readers: Sequence[Reader]) -> None:
         """What an op that reads nothing made of known weights: views of one of them, or what can't be followed."""
         weights = list({id(reader.weight): reader.weight for reader in readers}.values())
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                dims = _kept(leaf, weights[0]) if len(weights) == 1 else None
-                if dims is None:
+                view = _view(leaf, weights[0]) if len(weights) == 1 else None
+                if view is None:
                     self.lost |= {reader.group for reader in readers}
                 else:
-                    self.views[id(leaf)] = (leaf, weights[0], dims)
+                    self.views[id(leaf)] = view
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -197,25 +255,30 @@ class Recorder(TorchFunctionMode):
             args = (*args, *(kwargs[name] for name in names))
             kwargs = {key: value for key, value in kwargs.items() if key not in names}
         found, made = {}, {}
-        for reader, weight, dim in known if len(args) > 1 else ():
-            if dim is None:
+        for use in known if len(args) > 1 else ():
+            if use.dim is None:
                 continue
-            if reader.paired and (own := _made(func, args, weight, dim)) is not None:
-                made[reader] = own
-            elif not reader.paired and (place := _read(func, args, weight, dim)) is not None:
-                found[reader] = place
+            if use.reader.paired and (own := _made(func, args, use.weight, use.dim)) is not None:
+                made[use.reader] = own
+            elif not use.reader.paired and (place := _read(func, args, use.weight, use.dim)) is not None:
+                if (parts := _parts(func, args, kwargs, use, place)) is not None:
+                    found[use.reader] = *place, parts
+                else:
+                    self.lost.add(use.reader.group)
         if not found and not made:
             result = func(*args, **kwargs)
-            self.follow(result, [reader for reader, _, _ in known])
+            self.follow(result, [use.reader for use in known])
             return result
         args = list(args)
-        for index in {index for index, _ in found.values()}:
+        for index in {index for index, _, _ in found.values()}:
             source = args[index]
             # a view has the gradient of what reads it, not that of shortcuts; frozen layers below: it starts here
             start = source.view_as(source) if source.requires_grad else source.detach().requires_grad_()
             _, args[index] = self.starts.setdefault(id(source), (source, start))
         output = func(*args, **kwargs)
-        self.readings += [Reading(reader, args[index], dim, output) for reader, (index, dim) in found.items()]
+        self.readings += [
+            Reading(reader, args[index], dim, output, parts) for reader, (index, dim, parts) in found.items()
+        ]
         if made:  # a copy: what follows may change it in place
             output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
             self.readings += [Reading(reader, output, dim, output) for reader, dim in made.items()]

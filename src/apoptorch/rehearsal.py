@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .calibrate import calibrating
 from .errors import ApoptosisError
-from .graph import assemble, rehearsing, traced
+from .graph import assemble, rehearsing, traced, undivided
 from .plan import ChannelGroup, FoldPlan, SizeAttribute, Slot
 from .surgery import Surgery, attributes, named_tensors
 
@@ -188,7 +188,8 @@ class _Rehearsal:
         except ApoptosisError as error:
             text = f"the narrowed model can't be traced: {' '.join(str(error).split())[:300]}"
             return dict.fromkeys(names, text), []
-        found = {places_of(group) for group in assemble(tracer)[0]}
+        groups = assemble(tracer)[0]
+        found = {places_of(group) for each in groups for group in (each, undivided(each))}  # few enough for their own
         reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
         reasons = {
             g.name: reason for g in narrowed if g.name in names and g.width > g.least_step and places_of(g) not in found

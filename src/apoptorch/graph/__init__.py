@@ -9,6 +9,7 @@ from ..plan import ChannelGroup, CostTerm
 from . import rules as rules  # registers the rules
 from .capture import capture, preserved, rehearsing
 from .chain import Link, chain
+from .experts import undivided
 from .groups import assemble
 from .heads import with_whole_heads
 from .tracer import Tracer, attribute
@@ -23,6 +24,7 @@ __all__ = [
     "trace",
     "trace_chain",
     "traced",
+    "undivided",
     "with_whole_heads",
 ]
 

@@ -7,6 +7,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from ..plan import ChannelGroup, Consumer, CostTerm, Slot
+from .experts import by_expert
 from .tracer import Record, Tracer, attribute
 
 Array = Int64[Tensor, "..."]
@@ -106,7 +107,8 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
             not reasons[index], _told(list(reasons[index])), blocks[index], entries,
             multiple=multiples[index], lines=tuple(sorted(lines[index] - {""})),
         )  # fmt: skip
-    return list(made.values()), _costs(parts, {index: group.name for index, group in made.items()})
+    divided = by_expert(tracer, made, parts.present)
+    return list(divided.values()), _costs(parts, divided)
 
 
 def _pair(own: dict[str, list], pairs: list[tuple[set[str], set[str]]], reasons: dict[str, None]) -> None:
@@ -257,32 +259,30 @@ def _distinct(names: list[str]) -> list[str]:
     return result
 
 
-def _costs(parts: _Assembly, names: dict[int, str]) -> list[CostTerm]:
+def _costs(parts: _Assembly, groups: dict[int, ChannelGroup]) -> list[CostTerm]:
     totals: dict[tuple[int | None, int | None], list[float]] = {}
+    names: dict[int | None, str] = {index: group.name for index, group in groups.items()}
+    widths: dict[int | None, int] = {index: group.width for index, group in groups.items()}
     for cost in parts.tracer.costs:
-        out_side, in_side = (_shares(parts, side, names) for side in cost.sides)
+        out_side, in_side = (_shares(parts, side, groups) for side in cost.sides)
         for a, share in out_side.items():
             for b, other in in_side.items():
-                scale = share * other / _width(parts, a) / _width(parts, b)
+                scale = share * other / widths.get(a, 1) / widths.get(b, 1)
                 old = totals.setdefault((a, b), [0.0, 0.0])
                 old[0] += cost.flops * scale
                 old[1] += cost.parameters * scale
-    return [CostTerm(f, names.get(a), names.get(b), p) for (a, b), (f, p) in totals.items()]  # type: ignore[arg-type]
+    return [CostTerm(f, names.get(a), names.get(b), p) for (a, b), (f, p) in totals.items()]
 
 
-def _width(parts: _Assembly, index: int | None) -> int:
-    return 1 if index is None else int(parts.size[index])
-
-
-def _shares(parts: _Assembly, labels: Array | None, names: dict[int, str]) -> dict[int | None, float]:
+def _shares(parts: _Assembly, labels: Array | None, groups: dict[int, ChannelGroup]) -> dict[int | None, float]:
     """Which share of the entries each group has; None for those that are no group's."""
     if labels is None or not labels.numel():
         return {None: 1.0}
     channels = parts.of(labels.flatten())
-    groups = torch.where(channels >= 0, parts.group_of[channels.clamp(min=0)], -1)
-    found, counts = torch.unique(groups, return_counts=True)
+    owners = torch.where(channels >= 0, parts.group_of[channels.clamp(min=0)], -1)
+    found, counts = torch.unique(owners, return_counts=True)
     shares: dict[int | None, float] = {}
     for index, number in zip(found.tolist(), counts.tolist(), strict=True):
-        key = index if index in names else None
-        shares[key] = shares.get(key, 0.0) + number / len(groups)
+        key = index if index in groups else None
+        shares[key] = shares.get(key, 0.0) + number / len(owners)
     return shares

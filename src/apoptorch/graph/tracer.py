@@ -60,6 +60,26 @@ class Cost:
     sides: tuple[Array | None, Array | None]
 
 
+Choice = tuple[Any, int | None]
+
+
+@dataclass(frozen=True)
+class Product:
+    """What `source` is multiplied by are tensors that hold several experts' rows.
+
+    Attributes:
+        tensors: the weight; its bias, if that is stacked alike.
+        experts: for each dimension of theirs that may count experts, how the experts are chosen where the product
+            reads, and in what it makes: (what chooses, the dimension along which experts lie in an activation). One
+            expert for all, `weight[3]`: (3, None). Each row its own: (the ends of each one's rows, 0). All of them in
+            turn: (None, 0). None: not by expert.
+    """
+
+    source: Node
+    tensors: tuple[str, ...]
+    experts: dict[int, tuple[Choice | None, Choice | None]]
+
+
 def op_name(node: Node) -> str:
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__name__", str(node.target))
@@ -103,6 +123,13 @@ def stack_of(node: Any) -> Node | None:
     return None
 
 
+def place_in_stack(node: Any) -> Any:
+    """The index of that part: an int, or what computes it."""
+    index = arguments(node)[1] if node.target is operator.getitem else argument(node, 2, "index")
+    stack: Any = stack_of(node)
+    return index % shape(stack)[0] if isinstance(index, int) else index
+
+
 def shape(node: Node) -> tuple[int, ...]:
     value = node.meta["val"]
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
@@ -141,6 +168,7 @@ class Tracer:
         self.uses: dict[str | None, set[str]] = {}  # bias -> weights of the layers that add it
         self.also_reads: dict[str, str] = {}  # weight -> op in which it reads what isn't a group's channels
         self.costs: list[Cost] = []
+        self.products: dict[Node, Product] = {}  # those with the tensors of experts
 
     # -- the graph -------------------------------------------------------------------------------------------
     def run(self) -> "Tracer":
@@ -363,15 +391,13 @@ class Tracer:
             self.names[int(labels[0])] = self.path(node) or slots[0][0].rpartition(".")[0]
         return labels
 
-    def made_by_product(self, labels: Array, operand: Node) -> None:
-        """These entries of a bare parameter make channels, as a layer's rows do."""
-        name = self.tensors[operand]
-        for record in [
-            r for r in self.records.values() if r.tensor == name and torch.equal(r.labels, labels.flatten())
-        ]:
+    def made_by_product(self, labels: Array, name: str | None = None) -> None:
+        """These entries of a bare parameter (without `name`, of any) make channels, as a layer's rows do."""
+        known = [r for r in self.records.values() if name in (None, r.tensor)]
+        for record in [r for r in known if torch.equal(r.labels, labels.flatten())]:
             record.role = "producer" if record.role == "passthrough" else record.role
-            self.makers.append((record.labels, name))
-            self.names.setdefault(int(record.labels[0]), name)
+            self.makers.append((record.labels, record.tensor))
+            self.names.setdefault(int(record.labels[0]), record.tensor)
 
     def pass_through(self, labels: Array, tensors: Iterable[str]) -> None:
         for tensor in tensors:

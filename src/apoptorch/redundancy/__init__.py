@@ -1,6 +1,6 @@
 """Which channels are redundant, and what replaces them: from activations (`moments`) or from weights. Pure."""
 
-from .blocks import fold_blocks, select_blocks
+from .blocks import fold_blocks, overfit, select_blocks
 from .moments import Selection, first_order, first_order_curve, fold, others, select, select_whole, unexplained
 from .weights import WeightFold, WeightSearch, fold_from_weights, search_weights
 
@@ -14,6 +14,7 @@ __all__ = [
     "fold_blocks",
     "fold_from_weights",
     "others",
+    "overfit",
     "search_weights",
     "select",
     "select_blocks",

@@ -1,9 +1,9 @@
 """Groups made of blocks (heads, experts): as many survivors in each, folds within each. m = n / blocks channels."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ..plan import Fold
@@ -12,11 +12,12 @@ from .moments import Selection, fold, others, select
 
 def select_blocks(
     second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, metric: Float[Tensor, "n n"], blocks: int, *,
-    stop: float, floor: int = 1, multiple: int = 1,
+    stop: float, floor: int = 1, multiple: int = 1, samples: Sequence[int] = (),
 ) -> Selection:  # fmt: skip
     """`select` in every block; widths that are multiples of `blocks` keep as many in each.
 
-    `multiple` and `floor` are of the whole group.
+    `multiple` and `floor` are of the whole group. `samples` of each block, where they are its own: the errors are then
+    those expected on others.
     """
     if blocks == 1:
         return select(second, mean, metric, stop=stop, floor=floor, multiple=multiple)
@@ -30,6 +31,9 @@ def select_blocks(
     size, longest = len(second) // blocks, max(len(each.order) for each in found)
     orders = [torch.cat([each.order, others(each.order, size)])[:longest] for each in found]
     errors = [torch.cat([each.error, each.error[-1:].expand(longest + 1 - len(each.error))]) for each in found]
+    if samples:
+        ratios = [overfit(longest, own).to(error.device) for own, error in zip(samples, errors, strict=True)]
+        errors = [error * ratio for error, ratio in zip(errors, ratios, strict=True)]
     if longest == size:
         errors = [error.index_fill(0, torch.tensor([size], device=error.device), 0.0) for error in errors]
     order = torch.stack([order + i * size for i, order in enumerate(orders)]).T.flatten()
@@ -51,6 +55,13 @@ def fold_blocks(
         coeffs[part, i * kept : (i + 1) * kept] = block.coeffs
         shift += [] if block.shift is None else [block.shift]
     return Fold(coeffs, torch.cat(shift) if shift else None)
+
+
+def overfit(most: int, samples: int) -> Float64[Tensor, " most+1"]:
+    """How much more a regression on 0 ... `most` survivors leaves unexplained on new data (generalised
+    cross-validation)."""
+    used = torch.arange(most + 1, dtype=torch.float64) / max(samples, 1)
+    return (1 - used.clamp(max=0.9)) ** -2
 
 
 def _parts(n: int, blocks: int) -> Iterator[slice]:

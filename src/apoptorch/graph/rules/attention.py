@@ -8,7 +8,23 @@ import torch
 from torch.fx import Node
 
 from ..labels import Array, Field, along, line
-from ..tracer import VIEWS, Flow, Tracer, argument, arguments, is_view, nodes_of, op_name, rule, shape, stack_of, writes
+from ..tracer import (
+    VIEWS,
+    Choice,
+    Flow,
+    Product,
+    Tracer,
+    argument,
+    arguments,
+    is_view,
+    nodes_of,
+    op_name,
+    place_in_stack,
+    rule,
+    shape,
+    stack_of,
+    writes,
+)
 from .elementwise import meet
 
 Letters = list[str]
@@ -17,16 +33,17 @@ _PART = "part"  # a dimension of which the operand is one entry
 _MAKERS = ("linear", "addmm", "conv1d", "conv2d", "conv3d")
 _MOVES = (*VIEWS, "getitem", "_unsafe_view", "numpy_T", "mT", "movedim", "contiguous", "clone", "repeat_interleave",
           "mul", "div")  # fmt: skip
-_TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
+TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
-def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, Letters, Letters]) -> None:
+def product(tracer: Tracer, node: Node, given: Node, other: Node, dims: tuple[Letters, Letters, Letters]) -> None:
     """einsum of two operands whose dimensions have these letters; letters missing in the result are summed over.
 
     Channels that are summed over must meet the columns of a parameter. Others pass: what they are multiplied by may
     differ between blocks (heads) and positions, not between the channels of a block.
     """
-    (x, left), (y, right), out = _parameter(tracer, x, dims[0]), _parameter(tracer, y, dims[1]), dims[2]
+    (x, left), (y, right), out = _parameter(tracer, given, dims[0]), _parameter(tracer, other, dims[1]), dims[2]
+    _note_experts(tracer, node, (given, other), (x, y), (left, right, out))
     dims, fields = (left, right, out), list[Field]()
     flows = [tracer.flow(x), tracer.flow(y)]
     summed = [letter for letter in dict.fromkeys(dims[0] + dims[1]) if letter not in out]
@@ -48,7 +65,7 @@ def product(tracer: Tracer, node: Node, x: Node, y: Node, dims: tuple[Letters, L
             made = operand in tracer.tensors
             fields.append(replace(each, labels=kept, neuron="linear" if made else "general"))
             if made:
-                tracer.made_by_product(each.labels, operand)
+                tracer.made_by_product(each.labels, tracer.tensors[operand])
     _cost(tracer, (x, y), flows, dims, summed)
     tracer.emit(node, tracer.join(node, fields))
 
@@ -61,13 +78,44 @@ def _parameter(tracer: Tracer, operand: Node, letters: Letters) -> tuple[Node, L
         if (stack := stack_of(node)) is not None:
             node, own = stack, [_PART, *own]
             continue
-        if op_name(node) not in _TRANSPOSES:
+        if op_name(node) not in TRANSPOSES:
             break
         sizes = torch.empty([*range(1, len(own) + 1)])
         order = node.target(sizes, *arguments(node)[1:], **node.kwargs).shape  # type: ignore[operator]
         own = [letter for _, letter in sorted(zip(order, own, strict=True))]
         node = arguments(node)[0]
     return (node, own) if node in tracer.tensors else (operand, letters)
+
+
+def _note_experts(
+    tracer: Tracer, node: Node, given: Pair, operands: Pair, dims: tuple[Letters, Letters, Letters]
+) -> None:
+    """A parameter's dimension counts experts if it is one entry of it that the other operand is multiplied by, or if
+    each of its entries makes a part of the output, or reads one of the other operand."""
+    parameters = [operand in tracer.tensors for operand in operands]
+    own = parameters.index(True) if sum(parameters) == 1 else None
+    if own is None or dims[own].count(_PART) > 1:
+        return
+    source, letters, out = operands[1 - own], dims[1 - own], dims[2]
+    experts: dict[int, tuple[Choice | None, Choice | None]] = {}
+    for d, letter in enumerate(dims[own]):
+        if letter == _PART:
+            chosen = (place_in_stack(_part_of(given[own])), None)
+            experts[d] = chosen, chosen
+            continue
+        each = letter in letters and shape(source)[letters.index(letter)] == shape(operands[own])[d]
+        read = (None, letters.index(letter)) if each else None
+        made = (None, out.index(letter)) if letter in out else None
+        if read or made:
+            experts[d] = read, made
+    tracer.products[node] = Product(source, (tracer.tensors[operands[own]],), experts)
+
+
+def _part_of(node: Node) -> Node:
+    """The op that takes one of several parts, before all that transposes it."""
+    while stack_of(node) is None:
+        node = arguments(node)[0]
+    return node
 
 
 def _cost(tracer: Tracer, operands: Pair, flows: Sequence[Flow], dims: Sequence[Letters], summed: Letters) -> None:
@@ -159,15 +207,15 @@ def _moved(tracer: Tracer, node: Node) -> set[str]:
         path.append(node)
     weight = {"addmm": 2}.get(op_name(node), 1)
     plain = op_name(node) in _MAKERS and arguments(node)[weight] in tracer.tensors
-    if not plain or any(_changed(each, path) for each in path):
+    if not plain or any(changed(each, path) for each in path):
         return set()
     return {tracer.tensors[each] for each in node.all_input_nodes if each in tracer.tensors}
 
 
-def _changed(node: Node, path: Sequence[Node]) -> bool:
+def changed(node: Node, path: Sequence[Node]) -> bool:
     """Does an op beside the path change the tensor, or a view of it, in place?"""
     beside = [user for user in node.users if user not in path]
-    return any(writes(user) or (is_view(user) and _changed(user, path)) for user in beside)
+    return any(writes(user) or (is_view(user) and changed(user, path)) for user in beside)
 
 
 def note_heads(tracer: Tracer, flow: Sequence[Field], dim: int) -> None:
@@ -194,7 +242,7 @@ def _matmul_letters(x: Node, y: Node) -> tuple[Letters, Letters, Letters]:
 
 @rule("_grouped_mm", "grouped_mm_fallback")
 def grouped_product(tracer: Tracer, node: Node) -> None:
-    """Row t of x is multiplied by the matrix of its expert; hidden unit n of all experts is one channel.
+    """Row t of x is multiplied by the matrix of its expert.
 
     The kernel asks for rows of whole 16 bytes. Its stand-in in transformers' exported graphs doesn't, but isn't what
     the model runs.
@@ -205,6 +253,10 @@ def grouped_product(tracer: Tracer, node: Node) -> None:
         tracer.pin_flow(flows, f"{tracer.where(node)} has no rule for products of these shapes")
         return
     product(tracer, node, x, weight, (["t", "k"], ["e", "k", "n"], ["t", "n"]))
+    if noted := tracer.products.get(node):  # the ends of each expert's rows
+        chosen = (argument(node, 2, "offs"), 0)
+        (letters,) = (own for used, own in (_parameter(tracer, weight, ["e", "k", "n"]),))
+        tracer.products[node] = replace(noted, experts={letters.index("e"): (chosen, chosen)})
     aligned = max(1, 16 // node.meta["val"].element_size())
     tracer.multiples += [(each.labels, aligned) for each in (*tracer.flow(x), *tracer.known(node))]
 

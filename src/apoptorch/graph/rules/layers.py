@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Node
 
 from ..labels import Field, along
-from ..tracer import Tracer, argument, arguments, rule, shape
+from ..tracer import Product, Tracer, argument, arguments, place_in_stack, rule, shape
 
 Place = tuple[str, int, int]  # tensor, dimension, entries for each column
 
@@ -43,7 +43,8 @@ def layer(
     """The input's channels at `dim` are read by a weight's columns, its rows (dimension `rows`) make those at
     `out_dim`. `exact`: a constant input gives a constant output. `groups` of a convolution have columns of their own.
 
-    A weight may be one of several in one parameter (experts): all have the same channels, and no bias takes a constant.
+    A weight may be one of several in one parameter (experts): all have the same channels for now (`by_expert`), and no
+    bias takes a constant.
     """
     x, weight_node, bias_node = arguments(node)[0], arguments(node)[1], argument(node, 2, "bias")
     (weight, stacked), (bias, biases) = tracer.part(weight_node), tracer.part(bias_node)
@@ -51,8 +52,15 @@ def layer(
     if weight is None or (bias_node is not None and bias is None) or unlike:
         flows = [each for used in (x, weight_node, bias_node) for each in tracer.flow(used)]
         tracer.pin_flow(flows, f"{tracer.where(node)} reads them with a weight that is computed in forward()")
+        for each in tracer.flow(weight_node):
+            if each.dims == (rows,):
+                tracer.made_by_product(each.labels)
         return
     exact = exact and not stacked and not biases
+    if stacked:
+        chosen = (place_in_stack(weight_node), None)
+        alike = (bias,) if bias and biases and place_in_stack(bias_node) == chosen[0] else ()
+        tracer.products[node] = Product(x, (weight, *alike), {0: (chosen, chosen)})
     rest = [each for each in tracer.flow(x) if dim not in each.dims]
     read = tracer.read(x, dim, node)
     sizes = shape(weight_node)

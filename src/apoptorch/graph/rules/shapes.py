@@ -9,8 +9,10 @@ from torch.fx import Node
 from ..labels import Field, compact, reshaped, widened
 from ..tracer import Tracer, argument, arguments, op_name, rule, shape
 
+RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+
+@rule(*RESHAPES)
 def reshape(tracer: Tracer, node: Node) -> None:
     old, new = shape(arguments(node)[0]), shape(node)
     fields = []
