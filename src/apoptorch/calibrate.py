@@ -244,8 +244,7 @@ def measure(
     Hessian: the two differ once examples are fitted, as the gradients vanish before the curvature does.
     `damping` d adds d mean(diag G) V^T V to the metric Q = V^T G V (K-FAC's damping of the consumer's curvature G).
     Without `loss_fn` the "loss" is the relative mean squared change of the model's output. Groups that are read in
-    training mode only (by an auxiliary head), or in a way that can't be followed, have none; nor have experts one of
-    which read fewer samples than it has hidden units, of which no regression could tell what they share.
+    training mode only (by an auxiliary head), or in a way that can't be followed, have none.
     """
     groups = [group.by_entry() for group in groups]
     with ranks.together("measuring the activations"):
@@ -253,10 +252,11 @@ def measure(
     totals.pooled_(ranks)
     scale = totals.matched / max(1.0, totals.samples)
     noise = 2 / (totals.matched * totals.samples) if loss_fn and totals.matched * totals.samples > 0 else 0.0
-    read = {name: group for group in groups if (name := group.name) in totals.groups and name not in totals.lost}
-    read = {name: group for name, group in read.items() if totals.groups[name].sources}
-    found = {name: totals.groups[name].moments_(scale, totals.samples, damping, noise) for name in read}
-    return {n: m for n, m in found.items() if read[n].experts == 1 or min(m.shares) >= len(m.second) // len(m.shares)}
+    return {
+        group.name: totals.groups[group.name].moments_(scale, totals.samples, damping, noise)
+        for group in groups
+        if group.name in totals.groups and totals.groups[group.name].sources and group.name not in totals.lost
+    }
 
 
 def _totals(

@@ -15,6 +15,7 @@ from .neurons import neuron
 from .plan import ChannelGroup, Fold, FoldPlan
 from .policy import Policy
 from .redundancy import (
+    MOST_USED,
     Selection,
     first_order,
     first_order_curve,
@@ -62,7 +63,7 @@ def plan(
         return _refit(named[name], moments[name], keep, cautious, scaled)
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
-    curves = {g.name: searches[g.name][0].curve(g.width, floors[g.name]) * _beyond(g, moments[g.name]) for g in groups}
+    curves = {g.name: _curve(g, moments[g.name], searches[g.name][0], floors[g.name]) for g in groups}
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
     least_worth = 1 / price if price > 0 else math.inf
     widths = spend(asked, costs, budget=budget, multiple=steps, floor=floors, least_worth=least_worth)
@@ -147,11 +148,15 @@ def _with_first_order(
     return curve + sudden.flip(0).cummax(0).values.flip(0).to(curve.device)
 
 
-def _beyond(group: ChannelGroup, m: Moments) -> Float64[Tensor, " n+1"]:
-    """How much more than on what was measured is lost at every width; of experts, `select_blocks` has counted it."""
-    if group.experts > 1:
-        return torch.ones(group.width + 1, dtype=torch.float64)
-    return overfit(group.width * group.entries, m.samples)[:: group.entries]
+def _curve(group: ChannelGroup, m: Moments, found: Selection, floor: int) -> Float64[Tensor, " n+1"]:
+    """Predicted loss increase on new data at every width. Of experts, `select_blocks` has told it; inf where one of
+    them saw too few samples to fit so many survivors."""
+    curve = found.curve(group.width, floor)
+    if group.experts == 1:
+        return curve * overfit(group.width * group.entries, m.samples)[:: group.entries].to(curve.device)
+    few = torch.arange(group.width + 1, device=curve.device) > MOST_USED * min(m.shares) * group.experts
+    few[-1] = False
+    return curve.masked_fill(few, math.inf)
 
 
 def pacemakers(network: Network, group: ChannelGroup) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..plan import Fold
 from .moments import Selection, fold, others, select
 
+MOST_USED = 0.9  # survivors for each sample, from where a regression tells nothing of new data
+
 
 def select_blocks(
     second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, metric: Float[Tensor, "n n"], blocks: int, *,
@@ -61,7 +63,7 @@ def overfit(most: int, samples: int) -> Float64[Tensor, " most+1"]:
     """How much more a regression on 0 ... `most` survivors leaves unexplained on new data (generalised
     cross-validation)."""
     used = torch.arange(most + 1, dtype=torch.float64) / max(samples, 1)
-    return (1 - used.clamp(max=0.9)) ** -2
+    return (1 - used.clamp(max=MOST_USED)) ** -2
 
 
 def _parts(n: int, blocks: int) -> Iterator[slice]:
