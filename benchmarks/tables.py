@@ -162,11 +162,13 @@ def summary(task: str, contender: str, runs: list[dict]) -> str:
 
 
 def latest(runs: list[dict]) -> list[dict]:
-    """Of several runs of the same thing the last one, and the dense runs that were measured beside those."""
+    """Of each task the runs at the last commit that measured it, and the dense runs that were measured beside those."""
+    removing = [run for run in runs if run["contender"] == "apoptosis"]
+    commits = {run["task"]: run["commit"] for run in removing}
     ours = {  # a stretched schedule has as many epochs as the machine was quick
         (run["task"], run["seed"], run["task"] != SAME_TIME and run["epochs"]): run
-        for run in runs
-        if run["contender"] == "apoptosis"
+        for run in removing
+        if run["commit"] == commits[run["task"]]
     }
     beside = {_beside(run) for run in ours.values()}
     dense = {_beside(run): run for run in runs if run["contender"] == "dense" and _beside(run) in beside}
