@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections import Counter, OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,8 @@ class Run:
             "ema": self.ema,
         }
         self.apoptosis = Apoptosis(
-            self.model, optimizer, example_inputs=X[:BATCH], loss_fn=F.cross_entropy, total_steps=STEPS, policy=POLICY,
-            followers=[self.ema],
+            self.model, optimizer, example_inputs=X[:BATCH], loss_fn=F.cross_entropy, total_steps=STEPS,
+            policy=replace(POLICY, price=0.25), followers=[self.ema],  # so that it shrinks twice
         )  # fmt: skip
         self.step = 0
 
