@@ -12,6 +12,7 @@ from trainers import prepare_torchvision
 from apoptorch import Apoptosis
 from apoptorch.batches import Batch
 from apoptorch.calibrate import measure
+from apoptorch.errors import ArgumentError
 from apoptorch.graph import experts, trace
 from benchmarks.zoo.examine import HALVING, halved
 
@@ -366,3 +367,24 @@ def test_moments_that_would_take_too_much_memory_are_those_of_all_experts_at_onc
     assert outcome.problems == []
     (hidden,) = [group for group in apoptosis.groups if "down" in str(group.consumers) and group.full_width == HIDDEN]
     assert (hidden.width, hidden.experts, hidden.prunable) == (HIDDEN // 2, 1, True)
+
+
+def test_a_state_with_one_channel_for_all_experts_resumes_in_the_model_of_full_size_only(monkeypatch):
+    """Built anew from what it shrank to, each expert would have its own: refused, and nothing is changed."""
+    monkeypatch.setattr(experts, "WIDEST", EXPERTS * HIDDEN - 1)
+    model, x = built("linear")
+    apoptosis = Apoptosis(model, example_inputs=x, policy=HALVING, protect=("embed",))
+    assert apoptosis.apoptose(x).changes
+    state = apoptosis.state_dict()
+    narrow = copy.deepcopy(model)
+    anew = Apoptosis(narrow, example_inputs=x, policy=HALVING, protect=("embed",))
+    before = anew.state_dict()
+    with pytest.raises(ArgumentError, match=r"`experts` of `state`.*full size"):
+        anew.load_state_dict(state)
+    assert anew.state_dict() == before
+    full = built("linear")[0]
+    resumed = Apoptosis(full, example_inputs=x, policy=HALVING, protect=("embed",))
+    resumed.load_state_dict(state)
+    full.load_state_dict(model.state_dict())
+    assert torch.equal(full(x), model(x))
+    assert [group.width for group in resumed.groups] == [group.width for group in apoptosis.groups]

@@ -197,6 +197,7 @@ class Apoptosis:
             "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
             "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
+            "experts": {group.name: group.experts for group in self.groups if group.experts > 1},
             "history": [event.to_json() for event in self.history],
             "shapes": self._shapes(),
             "batches": [[list(b.args), b.kwargs, b.targets] for b in self._batches],
@@ -216,7 +217,7 @@ class Apoptosis:
     def resuming(self, state: dict[str, Any]) -> Iterator[None]:
         """`load_state_dict` as a transaction: an exception in the block puts everything back."""
         network, now = self._network, self._network.widths
-        history, batches = history_and_batches(state, now, self._shapes())
+        history, batches = history_and_batches(state, self.groups, self._shapes())
         widths, full, before = state["widths"], state["full_widths"], (network.groups, dict(vars(self)))
         widths = {name: widths.get(name, width) for name, width in now.items()}
         try:

@@ -5,20 +5,20 @@ from typing import Any
 
 from .batches import Batch
 from .errors import ArgumentError
-from .plan import Event
+from .plan import ChannelGroup, Event
 
 _NUMBERS = ("step", "event_step", "wake", "batch_size", "scale", "fraction", "event_seconds")
 
 
 def history_and_batches(
-    state: Any, widths: Mapping[str, int], shapes: Mapping[str, Sequence[int]]
+    state: Any, groups: Sequence[ChannelGroup], shapes: Mapping[str, Sequence[int]]
 ) -> tuple[list[Event], list[Batch]]:
-    """The events and the gathered batches of a state for a model of these widths of groups and shapes of tensors.
+    """The events and the gathered batches of a state for a model of these groups and shapes of tensors.
 
     Raises:
         ArgumentError: all reasons why it is no state, or that of another model.
     """
-    if problems := [*_problems(state, widths, shapes)]:
+    if problems := [*_problems(state, groups, shapes)]:
         raise ArgumentError(problems)
     try:
         batches = [Batch(tuple(args), dict(kwargs), targets) for args, kwargs, targets in state["batches"]]
@@ -29,11 +29,11 @@ def history_and_batches(
                              "It is damaged."]) from error  # fmt: skip
 
 
-def _problems(state: Any, widths: Mapping[str, int], shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def _problems(state: Any, groups: Sequence[ChannelGroup], shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
     if not isinstance(state, dict):
         yield f"`state` must be what `state_dict` gives, got {type(state).__name__}. Pass that."
         return
-    saved = state.get("widths")
+    saved, experts, widths = state.get("widths"), state.get("experts"), {group.name: group.width for group in groups}
     narrow = state.get("shapes") == shapes  # already: a last head may be no group any more
     if not isinstance(saved, dict) or (set(saved) != set(widths) and not narrow):
         got = sorted(saved, key=str) if isinstance(saved, dict) else saved
@@ -44,10 +44,15 @@ def _problems(state: Any, widths: Mapping[str, int], shapes: Mapping[str, Sequen
     if wrong:
         got = {name: saved[name] for name in wrong}
         yield f"`widths` of `state` must be from 1 to those of the model, got {got}. Build the model at its full size."
+    apart = {group.name: group.experts for group in groups if group.experts > 1 and group.name in saved}
+    if isinstance(experts, dict) and (got := {name: n for name, n in experts.items() if name in widths}) != apart:
+        yield (f"`experts` of `state` must be those that have channels of their own in the model, {apart}, got {got}. "
+               "Build the model at its full size.")  # fmt: skip
     rules = {name: type(state.get(name)) in (int, float) for name in _NUMBERS}
     rules |= {name: type(state.get(name, "")) in (int, float, type(None)) for name in ("first_loss", "total_steps")}
     rules |= {name: isinstance(state.get(name), list) for name in ("history", "batches")}
-    rules |= {"full_widths": isinstance(state.get("full_widths"), dict), "shapes": _are_shapes(state.get("shapes"))}
+    rules |= {name: isinstance(state.get(name), dict) for name in ("full_widths", "experts")}
+    rules |= {"shapes": _are_shapes(state.get("shapes"))}
     for name, holds in rules.items():
         if not holds:
             got = repr(state.get(name, "nothing"))[:80]
