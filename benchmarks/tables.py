@@ -247,8 +247,8 @@ def controllers() -> str:
 PRICES = """
 ## Prices that were tried
 
-From `benchmarks/results/prices.jsonl`: the library's own controller, with the price falling as cost ** *exponent* with
-the cost that is left (the library has 0 since), and rising as (share of the run) ** *rise*. Short runs pay less by
+From `benchmarks/results/prices.jsonl`: the library's own controller, with the price falling as cost ** *cost_exponent*
+with the cost that is left (the library has 0 since), and rising as (share of the run) ** *rise*. Short runs pay less by
 `full_run` steps. Cells: gain over dense (points of accuracy or AUC; minus the MSE or nats), how many times fewer
 parameters, seeds. *fash*: MLP 784-1024x3-10 on 30,000 images; *fashV*: of width 2048 on 50,000; *hig*, *higV*: MLP
 28-512x4-1 on 100,000 and 200,000 events; *lenet*: LeNet-300-100; *classes*, *teacher*: synthetic, MLPs of 2x768 and
@@ -261,10 +261,8 @@ images. Metrics are on held-out training data; of *auto* and *cnn* on test image
 def prices() -> str:
     """One row for each price, one column for each task; means over seeds."""
     runs = [json.loads(line) for line in (RESULTS.parent / "prices.jsonl").read_text().splitlines()]
-    settings, tasks = (
-        ("price", "cost_exponent", "rise", "full_run", "start", "first_step"),
-        sorted({r["task"] for r in runs}),
-    )
+    settings = ("price", "cost_exponent", "rise", "full_run", "start", "first_step")
+    tasks = sorted({run["task"] for run in runs})
     rows: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
         key = tuple(run[setting] for setting in settings)
@@ -274,7 +272,7 @@ def prices() -> str:
         gain, times = (fmean(run[what] for run in found) for what in ("gain", "parameters"))
         return f"{gain:+.2g}, {times:.1f}x ({len(found)})"
 
-    head = ["price", "exponent", "rise", "full_run", "start", "first_step", *tasks]
+    head = [*settings, *tasks]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, found in sorted(rows.items()):
         cells = [cell(found[task]) if task in found else "" for task in tasks]

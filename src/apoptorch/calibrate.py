@@ -32,7 +32,9 @@ class Moments:
         second: E[a a^T].
         mean: E[a], or None where a consumer can't take a constant exactly.
         metric: Q, such that 1/2 tr(Q S) is the predicted loss increase when S is the residual second moment.
-        samples: positions that were averaged.
+        shares: positions that were averaged: one number, or that of each expert. `second` and `mean` are then those of
+            each expert's own positions, and 0 between experts; `metric` and `energy` are weighted by how often it
+            reads, so that what they say of a residual is the loss over all positions.
         energy: V^T V summed over consumers and taps: tr(energy second) is the consumers' mean squared output.
         slope, cross: the loss's gradient in a constant added to a, and in a matrix that multiplies a: E[u] and E[u a^T]
             with u the gradient of an input's loss, summed over its positions. 0 without a loss.
@@ -41,23 +43,24 @@ class Moments:
         damping: share of `energy` in `metric` that is damping.
         noise: squared standard error of the first-order change of the loss, over the undamped second-order change; 0
             without a loss.
-        shares: of a group of experts, how many of the samples each of them read; else all in one. `second` and `mean`
-            are then those of each expert's own samples, and 0 between experts; `metric` and `energy` are weighted by
-            how often it reads, so that what they say of a residual is the loss over all samples.
     """
 
     second: Float[Tensor, "n n"]
     mean: Float[Tensor, " n"] | None
     metric: Float[Tensor, "n n"]
     energy: Float[Tensor, "n n"]
-    samples: int
+    shares: tuple[int, ...]
     slope: Float[Tensor, " n"]
     cross: Float[Tensor, "n n"]
     readers: tuple[tuple[Float[Tensor, "n n"], Float[Tensor, " n"] | None], ...] = ()
     sources: tuple[tuple[int, Float[Tensor, "n n"], Float[Tensor, " n"]], ...] = ()
     damping: float = 0.0
     noise: float = 0.0
-    shares: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Positions that were averaged, of all experts."""
+        return sum(self.shares)
 
     @property
     def half_damped(self) -> Float[Tensor, "n n"]:
@@ -159,10 +162,10 @@ class _Sums:
             readers.append(self.averages(own, constant=consumer.bias is not None))
         second, mean = self.averages(sums, constant=all(consumer.bias for consumer in consumers))
         return Moments(
-            second, mean, self.mirror_(metric), self.mirror_(self.energy), int(counts.sum()),
+            second, mean, self.mirror_(metric), self.mirror_(self.energy), tuple(counts.tolist()),
             _sum([slope for _, slope in means]), _sum([cross for cross, _ in means]), tuple(readers),
             sources if several else (),
-            damping=scale * damping * curvature, noise=noise, shares=tuple(counts.tolist()),
+            damping=scale * damping * curvature, noise=noise,
         )  # fmt: skip
 
     def averages(

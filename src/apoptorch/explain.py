@@ -26,15 +26,10 @@ def explained(groups: Sequence[ChannelGroup], history: Sequence[Event], outlook:
 
 
 def _sentence(group: ChannelGroup, history: Sequence[Event], outlook: Outlook) -> str:
-    width, full, every = group.width, group.full_width, "channels"
     if not group.prunable:
-        return f"keeps its {width} channels: {group.reason}; {_unpin(group.reason or '')}"
-    if group.experts > 1:
-        width, full, every = (
-            width // group.experts,
-            full // group.experts,
-            f"channels in each of {group.experts} experts",
-        )
+        return f"keeps its {group.width} channels: {group.reason}; {_unpin(group.reason or '')}"
+    width, full = group.width // group.experts, group.full_width // group.experts
+    every = f"channels in each of {group.experts} experts" if group.experts > 1 else "channels"
     part = [(event, change) for event in history for change in event.changes if change.group == group.name]
     if width < full:
         last, change = next((e, c) for e, c in reversed(part) if not e.rolled_back) if part else (None, None)

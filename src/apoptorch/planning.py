@@ -46,9 +46,12 @@ def plan(
     floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
     steps = {group.name: _step(group, policy.multiple) for group in groups}
 
+    now = network.widths
+    whole = flops(costs, now)
+
     def finest(name: str) -> float:
         """Finer differences would not change what is bought of this group."""
-        saved = flops(costs, network.widths) - flops(costs, network.widths | {name: floors[name]})
+        saved = whole - flops(costs, now | {name: floors[name]})
         return min(price * saved / 50, budget / 20) if priced else budget / 500
 
     def search(name: str) -> tuple[Selection, Float64[Tensor, " k+1"] | None]:

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from ..plan import ChannelGroup, Slot
 from .labels import Array, segments
-from .rules.attention import TRANSPOSES, changed
+from .rules.attention import TRANSPOSES, changed, transposed
 from .rules.elementwise import CONSTANT_OPS, IDENTITY, JOINS, POINTWISE
 from .rules.shapes import RESHAPES
 from .tracer import Choice, Tracer, argument, arguments, nodes_of, op_name, shape, stack_of
@@ -166,6 +166,5 @@ def _inputs(node: Node, dim: int | None) -> list[tuple[Node, int | None]] | None
         found = [before for before, after in segments(old, new) if dim in after and len(before) == len(after) == 1]
         return [(x, before[0]) for before in found] or None
     if name in TRANSPOSES:
-        order = node.target(torch.empty([*range(1, len(old) + 1)]), *arguments(node)[1:], **node.kwargs)  # type: ignore[operator]
-        return [(x, order.shape[dim] - 1)]
+        return [(x, transposed(node)[dim])]
     return None

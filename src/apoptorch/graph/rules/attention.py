@@ -80,11 +80,16 @@ def _parameter(tracer: Tracer, operand: Node, letters: Letters) -> tuple[Node, L
             continue
         if op_name(node) not in TRANSPOSES:
             break
-        sizes = torch.empty([*range(1, len(own) + 1)])
-        order = node.target(sizes, *arguments(node)[1:], **node.kwargs).shape  # type: ignore[operator]
-        own = [letter for _, letter in sorted(zip(order, own, strict=True))]
+        own = [letter for _, letter in sorted(zip(transposed(node), own, strict=True))]
         node = arguments(node)[0]
     return (node, own) if node in tracer.tensors else (operand, letters)
+
+
+def transposed(node: Node) -> list[int]:
+    """Which dimension of what it transposes each dimension of the result was."""
+    sizes = torch.empty([*range(1, len(shape(node)) + 1)])
+    order = node.target(sizes, *arguments(node)[1:], **node.kwargs).shape  # type: ignore[operator]
+    return [size - 1 for size in order]
 
 
 def _note_experts(
@@ -255,7 +260,7 @@ def grouped_product(tracer: Tracer, node: Node) -> None:
     product(tracer, node, x, weight, (["t", "k"], ["e", "k", "n"], ["t", "n"]))
     if noted := tracer.products.get(node):  # the ends of each expert's rows
         chosen = (argument(node, 2, "offs"), 0)
-        (letters,) = (own for used, own in (_parameter(tracer, weight, ["e", "k", "n"]),))
+        letters = _parameter(tracer, weight, ["e", "k", "n"])[1]
         tracer.products[node] = replace(noted, experts={letters.index("e"): (chosen, chosen)})
     aligned = max(1, 16 // node.meta["val"].element_size())
     tracer.multiples += [(each.labels, aligned) for each in (*tracer.flow(x), *tracer.known(node))]
