@@ -7,8 +7,7 @@ goes on. A task whose settings have all been tried has the best of them written 
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,19 +19,25 @@ from benchmarks.core import ROOT, THREADS, append, conditions, records
 
 RESULTS = ROOT / "benchmarks" / "results" / "tuning.jsonl"
 RATES = (1 / 3, 1.0, 3.0)  # times the recipe's learning rate
-DECAYS = (0.1, 1.0, 10.0)  # times its weight decay
+DECAYS = (0.1, 10.0)  # times its weight decay
 FIXED = ("optimizer", "batch", "epochs", "examples")
 
 
-def grid(name: str) -> Iterator[dict[str, Any]]:
-    """The settings to try: around where the recipe began, whatever has been chosen since."""
+def grid(name: str, done: Mapping[tuple[Any, ...], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The settings to try, around where the recipe began: the rates, then, at the best of them, the decays.
+
+    The decays are asked for when the rates are among those `done`.
+    """
     recipe = suite.recipe(name)
     start = (recipe["tuned"] or {}).get("around", recipe)
-    for rate, decay in product(RATES, DECAYS):
-        yield recipe | {
-            "lr": float(f"{start['lr'] * rate:.2g}"),
-            "weight_decay": float(f"{start['weight_decay'] * decay:.2g}"),
-        }
+
+    def settings(rate: float, decay: float) -> dict[str, Any]:
+        lr, weight_decay = start["lr"] * rate, start["weight_decay"] * decay
+        return recipe | {"lr": float(f"{lr:.2g}"), "weight_decay": float(f"{weight_decay:.2g}")}
+
+    yield from (settings(rate, 1.0) for rate in RATES)
+    best = max(RATES, key=lambda rate: done[key(name, settings(rate, 1.0))]["validation"])
+    yield from (settings(best, decay) for decay in DECAYS)
 
 
 def key(name: str, settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -63,7 +68,7 @@ def main() -> None:
     for name in args.tasks:
         done = {key(trial["task"], trial["settings"]): trial for trial in records(RESULTS)}
         data = None
-        for settings in grid(name):
+        for settings in grid(name, done):
             if key(name, settings) in done:
                 continue
             if time.monotonic() > deadline:
@@ -75,7 +80,7 @@ def main() -> None:
             append(trial, RESULTS)
             done[key(name, settings)] = trial
             print(name, settings["lr"], settings["weight_decay"], round(summary["metric"], 5), flush=True)
-        choose(name, [done[key(name, settings)] for settings in grid(name)])
+        choose(name, [done[key(name, settings)] for settings in grid(name, done)])
 
 
 if __name__ == "__main__":
