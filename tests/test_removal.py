@@ -113,6 +113,24 @@ def test_widths_are_rounded_to_the_multiple_and_stay_above_the_floor():
     assert [group.width for group in apoptosis.groups] == [48, 32, 5]
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_without_a_multiple_widths_are_what_the_hardware_takes_at_a_time(capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(160, 96), nn.ReLU(),
+        nn.Linear(96, 2),
+    )  # fmt: skip
+    x = data(64, 1, 6, 6)
+    for layer, distinct in ((0, 33), (2, 17), (5, 41)):
+        width = len(model[layer].weight)
+        copy_rows(model[layer], [i % distinct for i in range(width)], range(width))
+    apoptosis = Apoptosis(model, example_inputs=x, policy=Policy(rebalance=False))
+    apoptosis.apoptose(x, budget=1e-6)
+    wide = {"AVX2": 40, "AVX512": 48}[capability]  # the narrower one, and what is no convolution, don't gain by 16
+    assert [group.width for group in apoptosis.groups if group.prunable] == [wide, 24, 48]
+
+
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_prediction_is_within_a_factor_of_three_of_what_is_measured(share):
     """Least squares with noise in the targets: its loss is exactly of second order in the outputs."""

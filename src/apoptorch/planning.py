@@ -1,7 +1,7 @@
 """What one removal takes from each group: curves of what each width costs, one budget spent on them, and the folds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -44,7 +44,8 @@ def plan(
     costs, named = network.open_costs(groups), {group.name: group for group in groups}
     steepest = policy.steepest if priced else math.inf
     floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
-    steps = {group.name: _step(group, policy.multiple) for group in groups}
+    tensors = named_tensors(network.model)
+    steps = {group.name: _step(group, policy.multiple or _vector(group, tensors)) for group in groups}
 
     now = network.widths
     whole = flops(costs, now)
@@ -131,6 +132,14 @@ def _without_noise(plans: Sequence[FoldPlan], noise: float) -> list[FoldPlan]:
         cautious = item.cautious + max(0.0, first - item.first_order)
         result.append(replace(item, predicted=second + first, first_order=first, cautious=cautious))
     return result
+
+
+def _vector(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> int:
+    """How many channels the hardware takes at a time: a CPU's convolutions the floats of a register, at full price."""
+    read = [tensors[slot.tensor] for slot in group.slots if slot.tensor in tensors]
+    convolved = any(tensor.ndim > 3 and tensor.device.type == "cpu" for tensor in read)
+    registers = torch.backends.cpu.get_cpu_capability() == "AVX512" and group.full_width // group.blocks >= 64
+    return 16 if convolved and registers else 8
 
 
 def _step(group: ChannelGroup, multiple: int) -> int:
