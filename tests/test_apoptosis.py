@@ -667,10 +667,10 @@ def test_inside_autocast_or_inference_mode(call):
         getattr(apoptosis, call)(x, targets=y)
     assert everything(model, optimizer, apoptosis) == before
     assert apoptosis.step(x, targets=y) is None
-    train(model, optimizer, apoptosis, range(1, 4))
+    train(model, optimizer, apoptosis, range(1, 11))
     optimizer.step()
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ArgumentError, match=r"outside torch\.autocast"):
-        getattr(apoptosis, call)(x, targets=y)  # also where there is nothing to do
+        getattr(apoptosis, call)(x, targets=y)  # also later, while data is being gathered
 
 
 @pytest.mark.parametrize("done", [0, 3])

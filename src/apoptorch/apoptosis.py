@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -103,7 +102,6 @@ class Apoptosis:
         if compiled and ranks.sharded is None:  # shards are put together in new tensors
             compilation.follow_widths_(model, groups)
         self._compile_seconds, self._compiles_since = 0.0, time.perf_counter() if compiled else math.inf
-        self._device_type = next(model.parameters()).device.type
         self._unmarked = self._stepped = not optimizers  # without optimizers there is nobody to mark a step
         for item in optimizers:
             item.register_step_post_hook(self._mark_stepped)
@@ -126,14 +124,11 @@ class Apoptosis:
             The event if neurons were removed, or a removal was undone, else None.
 
         Raises:
-            ArgumentError: called between forward and backward, within autocast or from a second thread; or, at the
-                first step and while data is being gathered, within inference mode, or with data that is NaN, infinite,
-                empty, or that the model or the loss doesn't take. It is as if it had not been called.
+            ArgumentError: called between forward and backward or from a second thread; or, at the first step and while
+                data is being gathered, within autocast or inference mode, or with data that is NaN, infinite, empty, or
+                that the model or the loss doesn't take. It is as if it had not been called.
         """
-        if (
-            self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident()
-            and not torch.is_autocast_enabled(self._device_type)
-        ):  # fmt: skip
+        if self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident():
             self._step += 1  # nothing to do: the common case
             self._stepped = self._unmarked
             return None
