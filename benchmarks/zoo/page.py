@@ -8,6 +8,7 @@ from typing import Any
 from .registry import ZOO
 
 Record = dict[str, Any]
+_MISSING = "not measured"
 _CODE = ': "'  # where a reason goes on with a line of code
 INTRO = """# Coverage
 
@@ -34,7 +35,7 @@ is not asked for more: it folds nothing, so that outputs change.
 def verdict(run: Record | None) -> str:
     """What became of one run, in a few words; "ok" if all is as it must be."""
     if run is None:
-        return "not measured"
+        return _MISSING
     problems = [*run.get("planted_problems", []), *run.get("halved_problems", [])]
     if "error" in run:
         return f"fails: {_short(run['error'])}"
@@ -70,9 +71,9 @@ def _summary(pairs: dict[str, tuple[Record, Record | None]]) -> list[str]:
     passed = sum(a == "ok" for a, _ in verdicts.values()) / max(1, len(ours))
     middle = median(run.get("prunable", 0.0) for run in ours) if ours else 0.0
     slow = [n for n, (a, _) in pairs.items() if a.get("parameters", 0) < 1e8 and a.get("trace_s", 0.0) > 4]
-    both = Counter((a == "ok", b == "ok") for a, b in verdicts.values())
+    both = Counter((a == "ok", b == "ok") for a, b in verdicts.values() if b != _MISSING)
     behind = [name for name, (a, b) in verdicts.items() if b == "ok" != a]
-    missing = len(ZOO) - len(ours)
+    missing = {"apoptorch": len(ZOO) - len(ours), "Torch-Pruning": len(ours) - both.total()}
     lines = [
         ("models that pass everything", ">= 97 %", f"{passed:.0%} of {len(ours)}", passed >= 0.97),
         ("parameters in prunable groups, median model", ">= 60 %", f"{middle:.0%}", middle >= 0.6),
@@ -83,9 +84,9 @@ def _summary(pairs: dict[str, tuple[Record, Record | None]]) -> list[str]:
         "| what | target | found | |", "|---|---|---|---|",
         *(f"| {what} | {target} | {found} | {'pass' if good else '**miss**'} |" for what, target, found, good in lines),
         "",
-        f"Both are ok on {both[True, True]} models, only apoptorch on {both[True, False]}, only Torch-Pruning on "
-        f"{both[False, True]}, neither on {both[False, False]}."
-        + (f" {missing} of the zoo's {len(ZOO)} models are not measured yet." if missing else ""),
+        f"Of {both.total()} models on which both were measured both are ok on {both[True, True]}, only apoptorch on "
+        f"{both[True, False]}, only Torch-Pruning on {both[False, True]}, neither on {both[False, False]}."
+        + "".join(f" {who} is not measured yet on {n} of the zoo's {len(ZOO)}." for who, n in missing.items() if n),
         *_pace(ours),
     ]  # fmt: skip
 
