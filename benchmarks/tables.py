@@ -307,7 +307,7 @@ is the wide one matters little, but for a first layer that is too narrow.
 def probes() -> str:
     """The need for width over runs, and networks of the final size from scratch."""
     found = [json.loads(line) for line in (RESULTS.parent / "probes.jsonl").read_text().splitlines()]
-    needs = [probe for probe in found if probe["kind"] == "need"]
+    needs, trained = ([probe for probe in found if probe["kind"] == kind] for kind in ("need", "scratch"))
     prices, price = needs[0]["prices"], 0.0016
     tasks: dict[str, dict[str, float]] = {}
     for probe in needs:
@@ -319,7 +319,7 @@ def probes() -> str:
         cells = [f"{row[share]:.2f}" if share in row else "" for share in shares]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     scratch = ""
-    for probe in (probe for probe in found if probe["kind"] == "scratch"):
+    for probe in trained:
         gains = " ".join(f"{gain:+.2f}" for gain in probe["gains"])
         widths, mean = "-".join(map(str, probe["widths"])), fmean(probe["gains"])
         scratch += f"| {widths} | {probe['parameters']:,} | {probe['lr']:g} | {mean:+.2f} | {gains} |\n"

@@ -44,10 +44,8 @@ def plan(
     costs, named = network.open_costs(groups), {group.name: group for group in groups}
     steepest = policy.steepest if priced else math.inf
     floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
-    tensors = named_tensors(network.model)
+    tensors, now = named_tensors(network.model), network.widths
     steps = {group.name: _step(group, policy.multiple or _vector(group, tensors)) for group in groups}
-
-    now = network.widths
     whole = flops(costs, now)
 
     def finest(name: str) -> float:

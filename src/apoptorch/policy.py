@@ -64,8 +64,8 @@ class Policy:
             "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
             "damping": self.damping >= 0, "steepest": self.steepest > 1,
             "multiple": self.multiple is None or self.multiple >= 1, "floor": self.floor >= 1, "guard": self.guard > 0,
-            "tolerance": self.tolerance >= 0,
-            "confidence": 0 < self.confidence < 1, "cost": self.cost in ("flops", "milliseconds"),
+            "tolerance": self.tolerance >= 0, "confidence": 0 < self.confidence < 1,
+            "cost": self.cost in ("flops", "milliseconds"),
         }  # fmt: skip
         problems = [
             f"`{name}` must be in its range, got {getattr(self, name)!r}. See help(apoptorch.Policy)."
