@@ -161,6 +161,20 @@ def test_no_event_after_the_stop():
     assert apoptosis._batches == []
 
 
+@pytest.mark.parametrize(("stop", "last"), [(1.0, STEPS), (0.75, 36), (0.6, 28), (0.3, 14)])
+def test_looks_come_by_at_most_the_gap_and_the_last_where_the_policy_stops(stop, last):
+    """Between the first and the last one as few as the gap allows; a look wants three batches, so no two are closer."""
+    _, _, apoptosis = start(policy=Policy(**{**vars(POLICY), "stop": stop}))
+    looks = [apoptosis._event_step]
+    while apoptosis._wake < STEPS:
+        apoptosis._step = looks[-1]
+        apoptosis._schedule_next_()
+        looks += [apoptosis._event_step] if apoptosis._event_step <= stop * STEPS else []
+    assert looks[-1] == (last if last - looks[0] >= 3 else looks[0])
+    assert len(looks) == 1 + (math.ceil(math.log(last / 12, POLICY.gap)) if len(looks) > 1 else 0)
+    assert all(b <= math.ceil(a * POLICY.gap) for a, b in pairwise(looks))
+
+
 @pytest.mark.parametrize("wrap", [lambda layer: layer, weight_norm, spectral_norm])
 @pytest.mark.parametrize(("tokens", "limit", "held_out"), [(1, None, 4), (4, None, 1), (8, None, 1), (4, 1.0, 4)])
 def test_tokens_count_as_samples_to_plan_on_but_not_in_a_certificate(tokens, limit, held_out, wrap):
@@ -868,7 +882,7 @@ def test_the_run_that_is_resumed_has_windows_and_events_where_they_are_said_to_b
         train(model, optimizer, apoptosis, [i])
         looks += [i + 1] if apoptosis._event_step != before else []
         gathering += [i + 1] if apoptosis._batches else []
-    assert looks == [12, 20, 32]
+    assert looks == [12, 20, 31, STEPS]  # the last look where the policy stops, the others evenly between
     assert {9, 18, 30} <= set(gathering)
     assert not {1, 5, 12, 20, 22, 33} & set(gathering)
 
@@ -876,12 +890,13 @@ def test_the_run_that_is_resumed_has_windows_and_events_where_they_are_said_to_b
 def test_a_finished_run_that_is_made_longer_has_looks_to_come():
     model, optimizer, apoptosis = start(total_steps=16)
     train(model, optimizer, apoptosis, range(16))
-    assert [event.step for event in apoptosis.history] == [12]
+    assert [event.step for event in apoptosis.history] == [12, 16]
     fresh, other, longer = start()
     longer.load_state_dict(apoptosis.state_dict())
     fresh.load_state_dict(model.state_dict())
-    events, _ = train(fresh, other, longer, range(16, STEPS))
-    assert events
+    train(fresh, other, longer, range(16, STEPS))
+    assert longer._looked is not None
+    assert longer._looked.step > 16
     _, _, same = start(total_steps=16)
     same.load_state_dict(apoptosis.state_dict())
     assert same.state_dict() == apoptosis.state_dict()

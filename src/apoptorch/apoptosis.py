@@ -1,12 +1,12 @@
 """`Apoptosis` removes redundant neurons while a network trains. The schedule lives here, and only here."""
 
 import math
-import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -97,7 +97,7 @@ class Apoptosis:
         self._last_call, self._step_seconds, self._first_loss = math.nan, math.inf, math.nan
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
         self._unpaid = False  # the last look was left out, as it would not have paid for itself
-        self._thread: int | None = None
+        self._thread: int | None = None  # the one that steps; known from the first step on
         self._compiled, self._graphs = compiled, -1  # graphs that were compiled up to the last event
         if compiled and ranks.sharded is None:  # shards are put together in new tensors
             compilation.follow_widths_(model, groups)
@@ -128,21 +128,20 @@ class Apoptosis:
                 data is being gathered, within autocast or inference mode, or with data that is NaN, infinite, empty, or
                 that the model or the loss doesn't take. It is as if it had not been called.
         """
-        if self._stepped and 0 < self._step < self._wake - 1 and self._thread == threading.get_ident():
-            self._step += 1  # nothing to do: the common case
-            self._stepped = self._unmarked
+        step = self._step + 1
+        if step < self._wake and self._stepped and self._thread == get_ident():
+            self._step, self._stepped = step, self._unmarked  # nothing to do: the common case
             return None
         self._check_moment()
-        idle = 1 < self._step + 1 < self._wake
+        idle = 1 < step < self._wake
         batch, ranks = Batch(inputs, kwinputs, targets), self._network.ranks
         problems = [] if idle else [*checks.data_problems(tree_leaves((inputs, kwinputs)))]
         if ranks.alone and not idle:  # else at the event, by all ranks together
             checks.checked(problems or self._batch_problems(batch))
-        self._step += 1
-        self._stepped = self._unmarked
+        self._step, self._stepped, self._thread = step, self._unmarked, get_ident()
         if idle:
             return None
-        if self._step == 1:
+        if step == 1:
             self._compile_seconds = max(0.0, time.perf_counter() - self._compiles_since)
             with ranks.together("measuring the first loss"):
                 bad = bool(problems) if ranks.sharded is None else any(ranks.gather(bool(problems)))
@@ -152,7 +151,7 @@ class Apoptosis:
                 self._batch_size = size
                 self._event_step = self._first_event()
                 self._wake = self._next_wake()
-        return self._gather(batch) if self._step >= self._wake else None
+        return self._gather(batch) if step >= self._wake else None
 
     def apoptose(self, *inputs: Any, targets: Any = None, budget: float | None = None, **kwinputs: Any) -> Event:
         """One removal now, planned on three quarters of this batch and judged on the rest; survivors are not rescaled.
@@ -245,7 +244,7 @@ class Apoptosis:
         return max(self.policy.first_step, round(self.policy.start * (self.total_steps or 0)), fewest)
 
     def _batches_wanted(self) -> int:
-        policy, fewest = self.policy, 3.0
+        policy, fewest = self.policy, float(_FEWEST)
         limited = policy.max_changed_predictions is not None or policy.max_loss_increase is not None
         for group in self._network.prunable(policy.floor):
             samples = min(policy.samples, max(4 * group.width * group.entries, policy.samples // 2))
@@ -253,11 +252,13 @@ class Apoptosis:
             fewest = max(fewest, 1.5 * samples / (positions * self._batch_size))
         return math.ceil(fewest)
 
+    def _last_event(self) -> float:
+        return math.floor(self.policy.stop * self.total_steps) if self.total_steps else math.inf
+
     def _next_wake(self) -> int:
         """Gathering begins in time for the event, if one can still come."""
-        last = self.policy.stop * self.total_steps if self.total_steps else math.inf
         begin = max(self._step + 1, self._event_step - self._batches_wanted() + 1)
-        comes = self._event_step <= last and (self.policy.payback == 0 or self._work() > _OVERHEAD)
+        comes = self._event_step <= self._last_event() and (self.policy.payback == 0 or self._work() > _OVERHEAD)
         return self._network.ranks.first(begin if comes else _NEVER)
 
     def _gather(self, batch: Batch) -> Event | None:
@@ -269,7 +270,7 @@ class Apoptosis:
             self._step_seconds = min(self._step_seconds, now - self._last_call)
         self._batches.append(batch.map(lambda tensor: tensor.detach().clone()))
         event = None
-        if self._step >= self._event_step and len(self._batches) >= 3:
+        if self._step >= self._event_step and len(self._batches) >= _FEWEST:
             batches, self._batches = self._batches, []
             self._unpaid = not self._network.ranks.first(self._pays())
             try:
@@ -284,7 +285,11 @@ class Apoptosis:
         return event if event is not None and (event.changes or event.rolled_back) else None
 
     def _schedule_next_(self) -> None:
-        self._event_step = math.ceil(self._step * self.policy.gap)
+        """Looks come ever later, by the same factor, at most the policy's gap, so that the last comes at its end."""
+        last, gap = self._last_event(), self.policy.gap
+        if self._step < last < math.inf:
+            gap = (last / self._step) ** (1 / math.ceil(math.log(last / self._step, gap)))
+        self._event_step = max(math.ceil(round(self._step * gap, 6)), self._step + _FEWEST)
         self._wake = self._next_wake()
 
     def _pays(self) -> bool:
@@ -356,8 +361,6 @@ class Apoptosis:
     # -- at each step ----------------------------------------------------------------------------------------
     def _check_moment(self) -> None:
         """Is this between two training steps, outside autocast and inference mode, on the thread that began?"""
-        if self._thread is None:
-            self._thread = threading.get_ident()
         checks.checked(checks.moment_problems(self._thread))
         if not self._stepped:
             self._check_stepped()
@@ -383,6 +386,7 @@ class Apoptosis:
 
 
 _NEVER = 2**62
+_FEWEST = 3  # batches of a look: two to plan on, one to judge by
 _OVERHEAD = 5e-4  # seconds: a step with less work than this is mostly overhead, whatever the widths
 
 

@@ -16,8 +16,8 @@ class Policy:
         rise: the price at share p of the run is price * p ** rise: early, the network has more to learn.
         full_run: a run of fewer steps pays less, by the square of their ratio: it has less time to learn again.
         start, first_step: the first event comes after this share of the run, but not before this step.
-        gap: the step of each event is that of the one before, times this.
-        stop: no event after this share of the run.
+        gap: the step of each event is that of the one before, times this at most.
+        stop: the last event comes after this share of the run, where its length is known.
         payback: an event happens if it is expected to save this many times the seconds that it costs; 0: always. A
             smaller network is worth something too, hence less than 1.
         samples: inputs, or tokens where layers are linear in each, on which a removal is planned: four for each channel
@@ -36,8 +36,8 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.018
-    rise: float = 0.75
+    price: float = 0.02
+    rise: float = 1.0
     full_run: int = 2000
     start: float = 0.04
     first_step: int = 100
@@ -77,7 +77,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(price=0.007),
+    "conservative": Policy(price=0.008),
     "normal": Policy(),
-    "aggressive": Policy(price=0.07),
+    "aggressive": Policy(price=0.08),
 }
