@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -161,18 +163,17 @@ def test_no_event_after_the_stop():
     assert apoptosis._batches == []
 
 
-@pytest.mark.parametrize(("stop", "last"), [(1.0, STEPS), (0.75, 36), (0.6, 28), (0.3, 14)])
-def test_looks_come_by_at_most_the_gap_and_the_last_where_the_policy_stops(stop, last):
-    """Between the first and the last one as few as the gap allows; a look wants three batches, so no two are closer."""
-    _, _, apoptosis = start(policy=Policy(**{**vars(POLICY), "stop": stop}))
-    looks = [apoptosis._event_step]
-    while apoptosis._wake < STEPS:
-        apoptosis._step = looks[-1]
-        apoptosis._schedule_next_()
-        looks += [apoptosis._event_step] if apoptosis._event_step <= stop * STEPS else []
-    assert looks[-1] == (last if last - looks[0] >= 3 else looks[0])
-    assert len(looks) == 1 + (math.ceil(math.log(last / 12, POLICY.gap)) if len(looks) > 1 else 0)
-    assert all(b <= math.ceil(a * POLICY.gap) for a, b in pairwise(looks))
+@given(st.floats(0.05, 1.0), st.floats(1.1, 4.0), st.integers(1, 5000), st.integers(10, 100_000))
+def test_looks_come_by_at_most_the_gap_and_the_last_where_the_policy_stops(stop, gap, first, total):
+    """As few as the gap allows, and, but for rounding to whole steps, each later by the same factor."""
+    policy = Policy(stop=stop, gap=gap)
+    last, looks = policy.last_look(total), [first]
+    while looks[-1] < last:
+        looks.append(policy.next_look(looks[-1], total))
+    assert looks[-1] == max(first, last)
+    assert all(b <= math.ceil(a * gap) for a, b in pairwise(looks))
+    assert len(looks) <= 1 + max(0, math.ceil(math.log(max(1, last / first), gap) - 1e-9))
+    assert policy.next_look(first, None) == math.ceil(round(first * gap, 6))
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, weight_norm, spectral_norm])

@@ -252,13 +252,11 @@ class Apoptosis:
             fewest = max(fewest, 1.5 * samples / (positions * self._batch_size))
         return math.ceil(fewest)
 
-    def _last_event(self) -> float:
-        return math.floor(self.policy.stop * self.total_steps) if self.total_steps else math.inf
-
     def _next_wake(self) -> int:
         """Gathering begins in time for the event, if one can still come."""
         begin = max(self._step + 1, self._event_step - self._batches_wanted() + 1)
-        comes = self._event_step <= self._last_event() and (self.policy.payback == 0 or self._work() > _OVERHEAD)
+        worth = self.policy.payback == 0 or self._work() > _OVERHEAD
+        comes = worth and self._event_step <= self.policy.last_look(self.total_steps)
         return self._network.ranks.first(begin if comes else _NEVER)
 
     def _gather(self, batch: Batch) -> Event | None:
@@ -285,11 +283,7 @@ class Apoptosis:
         return event if event is not None and (event.changes or event.rolled_back) else None
 
     def _schedule_next_(self) -> None:
-        """Looks come ever later, by the same factor, at most the policy's gap, so that the last comes at its end."""
-        last, gap = self._last_event(), self.policy.gap
-        if self._step < last < math.inf:
-            gap = (last / self._step) ** (1 / math.ceil(math.log(last / self._step, gap)))
-        self._event_step = max(math.ceil(round(self._step * gap, 6)), self._step + _FEWEST)
+        self._event_step = max(self.policy.next_look(self._step, self.total_steps), self._step + _FEWEST)
         self._wake = self._next_wake()
 
     def _pays(self) -> bool:
@@ -316,10 +310,7 @@ class Apoptosis:
         return training_seconds(flops, size, device) + size * self._reduce_seconds
 
     def _price(self) -> float:
-        """The policy's price now; a run of unknown length is a full one in its middle."""
-        progress = self._step / self.total_steps if self.total_steps else 0.5
-        length = min(1.0, (self.total_steps or math.inf) / self.policy.full_run)
-        return self._scale * self.policy.price * length**2 * min(1.0, progress) ** self.policy.rise
+        return self._scale * self.policy.price_at(self._step, self.total_steps)
 
     def _remove(
         self, calibration: Sequence[Batch], held_out: Sequence[Batch], policy: Policy, budget: float | None
@@ -330,17 +321,11 @@ class Apoptosis:
                 with ranks.together("checking the data"):
                     leaves = tree_leaves([(batch.args, batch.kwargs) for batch in (*calibration, *held_out)])
                     checks.checked([] if ranks.alone else checks.data_problems(leaves))
+                price = self._price() if budget is None else math.inf
                 event = remove_(
-                    self._network,
-                    calibration,
-                    held_out,
-                    self.loss_fn,
-                    policy,
-                    budget,
-                    price=self._price() if budget is None else math.inf,
-                    first_loss=self._first_loss,
-                    step=self._step,
-                )
+                    self._network, calibration, held_out, self.loss_fn, policy, budget,
+                    price=price, first_loss=self._first_loss, step=self._step,
+                )  # fmt: skip
         except AbandonedError as error:
             warnings.warn(str(error), stacklevel=2)
             self._looked = abandoned(self._network, self._step, str(error))

@@ -1,5 +1,6 @@
 """How boldly neurons are removed, as plain data."""
 
+import math
 from dataclasses import dataclass
 
 from .errors import ArgumentError
@@ -36,8 +37,8 @@ class Policy:
         cost: what removals should save: "flops", or measured "milliseconds".
     """
 
-    price: float = 0.02
-    rise: float = 1.0
+    price: float = 0.016
+    rise: float = 0.75
     full_run: int = 2000
     start: float = 0.04
     first_step: int = 100
@@ -75,9 +76,27 @@ class Policy:
         if problems:
             raise ArgumentError(problems)
 
+    def last_look(self, total_steps: int | None) -> float:
+        """The step after which no look comes; infinite where the run's length is unknown."""
+        return math.floor(self.stop * total_steps) if total_steps else math.inf
+
+    def next_look(self, step: int, total_steps: int | None) -> int:
+        """The step of the look after one at `step`: they come ever later by the same factor, at most `gap`, so that the
+        last one is at `last_look`."""
+        last, gap = self.last_look(total_steps), self.gap
+        if step < last < math.inf:
+            gap = (last / step) ** (1 / math.ceil(math.log(last / step, gap)))
+        return math.ceil(round(step * gap, 6))
+
+    def price_at(self, step: int, total_steps: int | None) -> float:
+        """The price at this step; a run of unknown length is a full one in its middle."""
+        progress = min(1.0, step / total_steps) if total_steps else 0.5
+        length = min(1.0, (total_steps or math.inf) / self.full_run)
+        return self.price * length**2 * progress**self.rise
+
 
 POLICIES = {
-    "conservative": Policy(price=0.008),
+    "conservative": Policy(price=0.006),
     "normal": Policy(),
-    "aggressive": Policy(price=0.08),
+    "aggressive": Policy(price=0.064),
 }
