@@ -72,11 +72,12 @@ class _BatchNorms(TorchDispatchMode):
     """What a batch norm gives is like its input: torch would find that out by two dozen ops for every new shape."""
 
     supports_higher_order_operators = True
-    _TRAINING, _EVAL = torch.ops.aten._native_batch_norm_legit.default, torch.ops.aten._native_batch_norm_legit_no_training.default
+    _TRAINING = torch.ops.aten._native_batch_norm_legit.default
+    _EVAL = torch.ops.aten._native_batch_norm_legit_no_training.default
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True
+        return True  # torch.cond and its like compile their branches
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (self._TRAINING, self._EVAL):
