@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from apoptorch.errors import ExportError
 from apoptorch.graph import trace
+from apoptorch.graph.capture import capture
 from apoptorch.neurons import neuron
 from apoptorch.plan import Fold, FoldPlan
 from apoptorch.rehearsal import rehearsed
@@ -771,6 +772,32 @@ def test_tracing_changes_nothing():
     assert all(b is owners[n] for n, b in model.named_buffers())
     assert torch.equal(rng, torch.get_rng_state())
     assert (model.training, model[1].training, model[2].training) == (True, False, True)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_batch_norm_is_captured_as_torch_exports_it_but_for_what_it_counts(train):
+    def compute(net, x):
+        return net.last(net.old(net.norm(net.conv(x))).mean((2, 3)))
+
+    class Old(nn.BatchNorm2d):
+        """Counts as nn.BatchNorm2d once did."""
+
+        def forward(self, x):
+            if self.training:
+                self.num_batches_tracked += 1
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+    norms = {"norm": nn.BatchNorm2d(6, momentum=0.2), "old": Old(6)}
+    model = Net(compute, conv=nn.Conv2d(3, 6, 3), last=nn.Linear(6, 2), **norms).train(train)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    ours = capture(model, (x,), {}, modes=(train,)).graph.nodes
+    assert not [node for node in ours if "num_batches" in node.name]
+    theirs = [node for node in torch.export.export(model, (x,), strict=False).graph.nodes if "num_b" not in node.name]
+    counts = [node for node in theirs if any("num_b" in used.name for used in node.all_input_nodes)]
+    kept = [node for node in theirs if node.op == "call_function" and node not in counts]
+    values = [[n.meta["val"] for n in nodes if n.op == "call_function"] for nodes in (ours, kept)]
+    assert [(v.shape, v.stride(), v.dtype) for v in values[0]] == [(v.shape, v.stride(), v.dtype) for v in values[1]]
+    assert [norm.num_batches_tracked.tolist() for norm in norms.values()] == [0, 0]
 
 
 def test_a_buffer_that_forward_replaces_comes_back():

@@ -1,6 +1,7 @@
 """Model -> ATen graph, by torch.export."""
 
 import contextlib
+import gc
 import io
 from collections.abc import Iterator
 from functools import partial
@@ -12,6 +13,8 @@ import torch.export._trace  # else imported by the first export, half a second i
 from torch import nn
 from torch._ops import HigherOrderOperator
 from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ExportError
 
@@ -30,7 +33,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     synchronised = [module for module in modes if isinstance(module, nn.SyncBatchNorm)]
     for module in synchronised:
-        module.forward = partial(nn.modules.batchnorm._BatchNorm.forward, module)
+        module.forward = partial(_BatchNorm.forward, module)
     try:
         with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=devices):
             yield
@@ -58,6 +61,51 @@ def rehearsing(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
+class _Count(int):
+    """How many batches a batch norm has seen, in place of a tensor."""
+
+    def add_(self, _: int) -> "_Count":
+        return self
+
+
+class _BatchNorms(TorchDispatchMode):
+    """What a batch norm gives is like its input: torch would find that out by two dozen ops for every new shape."""
+
+    supports_higher_order_operators = True
+    _TRAINING = torch.ops.aten._native_batch_norm_legit.default
+    _EVAL = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # torch.cond and its like compile their branches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (self._TRAINING, self._EVAL):
+            return func(*args, **(kwargs or {}))
+        saved = args[0].new_empty(args[0].shape[1] if func is self._TRAINING else 0)
+        return torch.empty_like(args[0]), saved, saved
+
+
+@contextlib.contextmanager
+def _cheaply(model: nn.Module) -> Iterator[None]:
+    """Within `rehearsing` and `preserved`, export of the model takes less time, and gives the channels no less.
+
+    The batches that a batch norm counts are no input of the graph, and counting them is no op. The garbage collector
+    rests: it would go through the growing graph.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module._buffers.pop("num_batches_tracked", None) is not None:
+            vars(module)["num_batches_tracked"] = _Count(1)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with _BatchNorms():
+            yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: tuple[bool, ...] = (True, False)
 ) -> torch.export.ExportedProgram:
@@ -73,7 +121,7 @@ def capture(
     for training in modes:
         output = io.StringIO()  # a failing export prints its whole graph
         with (
-            rehearsing(model), preserved(model),
+            rehearsing(model), preserved(model), _cheaply(model),
             contextlib.redirect_stdout(output), contextlib.redirect_stderr(output),
         ):  # fmt: skip
             model.train(training)

@@ -1,6 +1,7 @@
 """What a tracer found -> channel groups: channels with the same owners form one."""
 
 import math
+from collections import Counter
 
 import torch
 from jaxtyping import Int64
@@ -63,10 +64,11 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
     blocks, order = _blocks(parts, reasons)
     slots: list[dict[str, list]] = [{"producer": [], "passthrough": [], "consumer": []} for _ in range(count)]
     holds: list[list[Record]] = [[] for _ in range(count)]
+    busy = {record.tensor for record in tracer.records.values() if record.role == "passthrough"}
     for key, record in tracer.records.items():
         for index, slot in _slots(record, parts.channels[key], parts, order):
             holds[index].append(record)
-            item = Consumer(slot, _bias(tracer, record)) if record.role == "consumer" else slot
+            item = Consumer(slot, _bias(tracer, record, busy)) if record.role == "consumer" else slot
             slots[index][record.role].append(item)
     _collect_reasons(parts, reasons, holds)
     general = {index for labels in tracer.general for index in parts.present(labels)}
@@ -173,10 +175,10 @@ def _slots(record: Record, channels: Array, parts: _Assembly, order: Array) -> l
     """Where each group's channels lie in a record."""
     places = (channels >= 0).nonzero()[:, 0]
     held = channels[places]
-    by_group = torch.stack([parts.group_of[held], order[held]])
-    sorted_by = _lexsort(by_group)
-    places, groups = places[sorted_by], by_group[0][sorted_by]
-    found, result = torch.unique_consecutive(groups, return_counts=True), []
+    groups = parts.group_of[held]
+    sorted_by = (groups * parts.count + order[held]).argsort(stable=True)
+    places = places[sorted_by]
+    found, result = torch.unique_consecutive(groups[sorted_by], return_counts=True), []
     for index, positions in zip(found[0].tolist(), places.split(found[1].tolist()), strict=True):
         inner = len(positions) // int(parts.size[index])
         plain = torch.equal(positions, torch.arange(len(positions)))
@@ -185,14 +187,8 @@ def _slots(record: Record, channels: Array, parts: _Assembly, order: Array) -> l
     return result
 
 
-def _lexsort(keys: Int64[Tensor, "2 n"]) -> Array:
-    by_second = keys[1].argsort(stable=True)
-    return by_second[keys[0][by_second].argsort(stable=True)]
-
-
-def _bias(tracer: Tracer, record: Record) -> str | None:
+def _bias(tracer: Tracer, record: Record, busy: set[str]) -> str | None:
     """A bias that serves several layers, or elsewhere, can't take the constant part of one layer's fold."""
-    busy = {r.tensor for r in tracer.records.values() if r.role == "passthrough"} if record.bias else set()
     return None if record.bias in busy or len(tracer.uses.get(record.bias, ())) > 1 else record.bias
 
 
@@ -238,8 +234,8 @@ def _names(parts: _Assembly, holds: list[list[Record]], heads: set[int]) -> list
             [r for r in records if r.role == "producer"] or [r for r in records if r.role == "passthrough"] or records
         )
         tensors[index] = attribute(makers[0].tensor)
-    taken = [*names, ""]
-    return _distinct([n if taken.count(n) == 1 else t for n, t in zip(names, tensors, strict=True)])
+    taken = Counter([*names, ""])
+    return _distinct([n if taken[n] == 1 else t for n, t in zip(names, tensors, strict=True)])
 
 
 def _common(tensors: list[str]) -> str:
@@ -252,10 +248,10 @@ def _common(tensors: list[str]) -> str:
 def _distinct(names: list[str]) -> list[str]:
     """Several groups of one tensor are told apart by their number."""
     seen: dict[str, int] = {}
-    result = []
+    result, times = [], Counter(names)
     for name in names:
         number = seen[name] = seen.get(name, -1) + 1
-        result.append(f"{name}[{number}]" if names.count(name) > 1 else name)
+        result.append(f"{name}[{number}]" if times[name] > 1 else name)
     return result
 
 

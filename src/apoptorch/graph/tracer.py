@@ -1,5 +1,6 @@
 """Follows channels through an ATen graph: which parameter rows make them, which columns read them."""
 
+import functools
 import itertools
 import operator
 import os
@@ -135,9 +136,20 @@ def shape(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
+@functools.lru_cache  # the ops of a line come one after the other, and are asked for often
+def _code(stack_trace: str) -> tuple[str, str]:
+    lines = [line.strip() for line in stack_trace.splitlines() if line.strip()]
+    frames = [(line, source) for line, source in itertools.pairwise(lines) if line.startswith("File ")]
+    own = [frame for frame in frames if not frame[0].startswith(f'File "{_TORCH}')] or frames
+    found = re.match(r'File "(.*)", line (\d+)', own[-1][0]) if own else None
+    if found is None:
+        return "", ""
+    return f"{found[1]}:{found[2]}", f": {own[-1][0].removeprefix('File ')}: {own[-1][1]}"
+
+
 def attribute(name: str) -> str:
     """A tensor's name as users know it: "0.weight" for "0.parametrizations.weight.original0"."""
-    return re.sub(r"(^|\.)parametrizations\.(\w+)\..*", r"\1\2", name)
+    return re.sub(r"(^|\.)parametrizations\.(\w+)\..*", r"\1\2", name) if "parametrizations" in name else name
 
 
 class Tracer:
@@ -261,13 +273,7 @@ class Tracer:
 
     def code(self, node: Node) -> tuple[str, str]:
         """The line of code that the op comes from: ("file.py:12", "file.py", line 12, in forward: x = ...)."""
-        lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-        frames = [(line, source) for line, source in itertools.pairwise(lines) if line.startswith("File ")]
-        own = [frame for frame in frames if not frame[0].startswith(f'File "{_TORCH}')] or frames
-        found = re.match(r'File "(.*)", line (\d+)', own[-1][0]) if own else None
-        if found is None:
-            return "", ""
-        return f"{found[1]}:{found[2]}", f": {own[-1][0].removeprefix('File ')}: {own[-1][1]}"
+        return _code(node.meta.get("stack_trace") or "")
 
     def where(self, node: Node) -> str:
         """The op as a user knows it: name, module path, line of code."""
