@@ -65,13 +65,13 @@ def remove_(
         if reason is not None:
             surgery.undo_()
             groups = network.groups
-        changed = replace(network, groups=groups)
+        changed = network.narrowed(groups)
         event = replace(
             draft, widths_after=changed.widths, parameters_after=changed.parameters, flops_after=changed.flops(),
             measured=increase, certificate=certificate, rolled_back=reason is not None, reason=reason,
             seconds=ranks.longest(start),
         )  # fmt: skip
-    network.groups = changed.groups
+    network.groups, network.costs = changed.groups, changed.costs
     return event
 
 
