@@ -19,7 +19,7 @@ from apoptorch import Apoptosis, Policy, load, save
 from apoptorch.batches import Batch
 from apoptorch.calibrate import measure, of_experts
 from apoptorch.graph import trace
-from apoptorch.plan import ChannelGroup, FoldPlan
+from apoptorch.plan import ChannelGroup, Event, FoldPlan
 from apoptorch.surgery import Surgery
 
 EXPERTS, WIDTH, HIDDEN, USELESS = 5, 8, 6, 2
@@ -156,6 +156,7 @@ def test_a_useless_expert_goes_and_all_others_stay(form, tmp_path):
     event = apoptosis.apoptose(x, budget=1e-12)
     assert not event.rolled_back
     assert event.widths_after["experts"] == EXPERTS - 1
+    assert Event.from_json(event.to_json()) == event
     torch.testing.assert_close(model(x), output)
     assert event.flops_after == pytest.approx(sum_of_flops(model, x))
     keep = [e for e in range(EXPERTS) if e != USELESS]

@@ -295,7 +295,7 @@ class GroupChange:
         bound: worst-case change of the model's output (Euclidean norm); None with data, as the fold's coefficients then
             come from no closed form.
         error: measured on the calibration data: the share of the energy of the consumers' output that the fold left
-            unexplained; None without data.
+            unexplained; None without data, and of whole experts.
         first_order: the part of `predicted` that the gradient gives: what was learned last and is undone.
     """
 

@@ -138,8 +138,8 @@ def _draft(
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(
         GroupChange(
-            item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors[item.group],
-            item.first_order,
+            item.group, widths[item.group], len(item.keep), item.predicted, item.bound,
+            errors[item.group] if math.isfinite(errors[item.group]) else None, item.first_order,
         )
         for item in plans
     )  # fmt: skip
