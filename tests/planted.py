@@ -101,7 +101,7 @@ def planted(
     """
     kwargs = kwargs or {}
     apoptosis = Apoptosis(model, example_inputs=kwargs or tuple(args), policy=POLICY)
-    groups = [group for group in apoptosis.groups if group.prunable and group.width > 1]
+    groups = [group for group in apoptosis.groups if group.prunable and group.width > 1 and group.gate is None]
     generator = torch.Generator().manual_seed(seed)
     classes = {group.name: _draw(group, most, generator) for group in groups}
     for group in groups:

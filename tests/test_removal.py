@@ -364,7 +364,7 @@ def test_more_budget_removes_more_and_none_removes_nothing():
         apoptosis = Apoptosis(model, example_inputs=x, policy=POLICY)
         event = apoptosis.apoptose(x, budget=budget)
         sizes.append(event.parameters_after if not event.rolled_back else math.nan)
-        assert (event.predicted or 0.0) <= budget
+        assert (event.predicted or 0.0) <= budget + 1e-16  # rounding, of a relative change of the output
     assert sizes[0] >= sizes[1] > sizes[2] > sizes[3]
     assert sizes == sorted(sizes, reverse=True)
 

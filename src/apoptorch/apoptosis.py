@@ -212,14 +212,15 @@ class Apoptosis:
         """`load_state_dict` as a transaction: an exception in the block puts everything back."""
         network, now = self._network, self._network.widths
         history, batches = history_and_batches(state, self.groups, self._shapes())
-        widths, full, before = state["widths"], state["full_widths"], (network.groups, dict(vars(self)))
+        widths, full, before = state["widths"], state["full_widths"], (network.groups, network.costs, dict(vars(self)))
         widths = {name: widths.get(name, width) for name, width in now.items()}
         try:
             surgery = Surgery(network.model, network.optimizers, network.followers, network.ranks)
             with network.ranks.rebuilding(), surgery:
                 surgery.narrow_(state["shapes"])
-                surgery.resize_(sizes_of(self.groups, widths))
                 groups = narrowed(self.groups, widths)
+                surgery.resize_(sizes_of(groups, widths))
+                network.costs = network.narrowed(groups).costs
                 network.groups = [replace(group, full_width=full.get(group.name, group.width)) for group in groups]
                 self._step, self._event_step, self._wake = state["step"], state["event_step"], state["wake"]
                 self._first_loss = math.nan if state["first_loss"] is None else state["first_loss"]
@@ -231,8 +232,8 @@ class Apoptosis:
                     self._wake = self._next_wake()
                 yield
         except BaseException:
-            network.groups = before[0]
-            vars(self).update(before[1])
+            network.groups, network.costs = before[:2]
+            vars(self).update(before[2])
             raise
 
     def _shapes(self) -> dict[str, list[int]]:

@@ -106,8 +106,8 @@ class _Sums:
         self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def add_columns(self, weight: Tensor, slot: Slot, paired: bool) -> None:
-        if paired:  # what is read is what is made
-            self.energy.diagonal().add_(1.0)
+        if paired:  # what is read is what is made; an expert that no token takes costs nothing, damped or not
+            self.energy.diagonal().add_(1.0 if self.group.gate is None else 0.0)
             return
         index = slot.index(self.group.width).to(weight.device)
         columns = slot.opened(weight.detach()).movedim(slot.dim, 0)[index].flatten(1)
@@ -136,6 +136,8 @@ class _Sums:
             if gradient is None:
                 continue
             u = gradients[expert].to(self.metric.dtype)[own]
+            if self.group.gate is not None:
+                a, u = torch.ones_like(a), of_experts(a, u, self.group.gate)
             _add_gram(self.metric[part, part], u, terms)
             if inputs:
                 slope[part].add_(u.sum(0), alpha=inputs)
@@ -161,9 +163,12 @@ class _Sums:
             own = [each for key, each in zip(keys, sums, strict=True) if i in key] or sums
             readers.append(self.averages(own, constant=consumer.bias is not None))
         second, mean = self.averages(sums, constant=all(consumer.bias for consumer in consumers))
+        if self.group.gate is not None:  # nothing stands for an expert
+            second, mean = torch.eye(len(second)).to(second), None
+            sources = tuple((i, cross.diag().diag(), slope) for i, cross, slope in sources)
         return Moments(
             second, mean, self.mirror_(metric), self.mirror_(self.energy), tuple(counts.tolist()),
-            _sum([slope for _, slope in means]), _sum([cross for cross, _ in means]), tuple(readers),
+            _sum([slope for *_, slope in sources]), _sum([cross for _, cross, _ in sources]), tuple(readers),
             sources if several else (),
             damping=scale * damping * curvature, noise=noise,
         )  # fmt: skip
@@ -183,6 +188,18 @@ class _Sums:
         for part in self.parts:
             _mirror_(total[part, part])
         return total
+
+
+def of_experts(logits: Float[Tensor, "m n"], gradient: Float[Tensor, "m n"], taken: int) -> Float[Tensor, "m n"]:
+    """The loss's gradient in numbers that multiply a token's experts, 1 while they are there and 0 once they are not
+    (Statement 21), from that in a router's logits; `taken`: how many a token takes, 0: all.
+
+    A token whose whole weight is with one expert says nothing of the others: it counts as much as a loss of 1.
+    """
+    if taken:
+        logits = logits.masked_fill(logits < logits.topk(taken).values[:, -1:], -math.inf)
+    others = 1 - logits.softmax(1)
+    return torch.where(others > 0, gradient / others, 1.0)
 
 
 def _outputs(reading: Reading) -> int:

@@ -72,7 +72,7 @@ def _settled(groups: Sequence[ChannelGroup], known: Collection[ChannelGroup]) ->
 
 
 def _protected(group: ChannelGroup, protect: Sequence[str]) -> ChannelGroup:
-    owned = [slot.tensor for slot in (*group.producers, *group.passthrough)]
+    owned = [slot.tensor for slot in (*group.makers, *group.passthrough)]
     for name in protect:
         if any(tensor.startswith(f"{name}.") for tensor in owned):
             reason = "; ".join(filter(None, (f"protected by protect=({name!r},)", group.reason)))

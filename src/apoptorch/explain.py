@@ -29,7 +29,8 @@ def _sentence(group: ChannelGroup, history: Sequence[Event], outlook: Outlook) -
     if not group.prunable:
         return f"keeps its {group.width} channels: {group.reason}; {_unpin(group.reason or '')}"
     width, full = group.width // group.experts, group.full_width // group.experts
-    every = f"channels in each of {group.experts} experts" if group.experts > 1 else "channels"
+    kind = "channels" if group.gate is None else "experts"
+    every = f"channels in each of {group.experts} experts" if group.experts > 1 else kind
     part = [(event, change) for event in history for change in event.changes if change.group == group.name]
     if width < full:
         last, change = next((e, c) for e, c in reversed(part) if not e.rolled_back) if part else (None, None)
@@ -46,6 +47,8 @@ def _obstacle(group: ChannelGroup, undone: Sequence[Event], outlook: Outlook) ->
             f"removed at step {undone[-1].step} and undone, as {undone[-1].reason}; try policy='conservative', "
             "or larger batches to plan on (Policy(samples=...))"
         )
+    if group.gate is not None and group.width <= group.least(outlook.floor):
+        return f"nothing may go, as each token takes {group.least(outlook.floor)} of them"
     if group.width <= group.least(outlook.floor):
         return (
             f"nothing was redundant that may go, as no group gets narrower than {outlook.floor}; try Policy(floor=...)"

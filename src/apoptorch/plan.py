@@ -113,6 +113,8 @@ class ChannelGroup:
         entries: numbers that make one channel where a consumer reads it: those of a whole head. They go together, and
             each is folded into all entries of the survivors.
         multiple: what a kernel asks the width to be a multiple of, in every block.
+        gate: None: its channels are no experts. Else they are whole experts, weighed by a softmax of what the first
+            producer makes; each token takes so many of the largest, or all (0).
         sizes: attributes of modules that follow its width, as no tensor's shape tells them.
         lines: the lines of code ("file.py:12") that its channels pass.
     """
@@ -130,6 +132,7 @@ class ChannelGroup:
     blocks: int = 1
     entries: int = 1
     multiple: int = 1
+    gate: int | None = None
     sizes: tuple[SizeAttribute, ...] = ()
     lines: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
@@ -158,6 +161,11 @@ class ChannelGroup:
         """How many channels go at least."""
         return self.blocks * self.multiple
 
+    @property
+    def shrinks(self) -> bool:
+        """Is it wide enough to lose channels?"""
+        return self.width > max(self.least_step, self.gate or 0)
+
     def leading(self, count: int) -> Int64[Tensor, " count"]:
         """The first channels of every block, `count` in all."""
         return torch.arange(self.width).view(self.blocks, -1)[:, : count // self.blocks].flatten()
@@ -172,8 +180,26 @@ class ChannelGroup:
         return (channels[:, None] * self.entries + torch.arange(self.entries, device=channels.device)).flatten()
 
     def least(self, floor: int) -> int:
-        """The least width that holds `floor` entries, or as many channels where each is one."""
-        return -(-floor // self.entries)
+        """The least width that holds `floor` entries, or as many channels where each is one; of experts, a token's."""
+        return -(-floor // self.entries) if self.gate is None else max(1, self.gate)
+
+    def with_experts(self, count: int) -> "ChannelGroup":
+        """The group once its blocks are the first `count` of its experts; of one, no block is left."""
+        experts = self.experts
+
+        def shortened(slot: Slot) -> Slot:
+            number = self.width // experts * count * slot.inner
+            positions = None if slot.positions is None else slot.positions[:number]
+            plain = positions is None or positions == tuple(range(number))
+            split = None if slot.split is None or count == 1 else (slot.split[0], count)
+            return replace(slot, positions=None if plain else positions, split=split)
+
+        return self if experts == count else replace(
+            self, width=self.width // experts * count, full_width=self.full_width // experts * count, blocks=count,
+            producers=tuple(shortened(slot) for slot in self.producers),
+            consumers=tuple(replace(each, weight=shortened(each.weight)) for each in self.consumers),
+            sizes=tuple(replace(size, over=count) if size.over == experts else size for size in self.sizes),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -218,13 +244,15 @@ class FoldPlan:
 class CostTerm:
     """What one op costs: `flops` x width(out_group) x width(in_group) forward FLOPs a batch; a None group counts 1.
 
-    `parameters` counts those of the op's weight in the same way.
+    `parameters` counts those of the op's weight in the same way. `routed`: each row meets the weight of one expert, so
+    that FLOPs don't fall with their number.
     """
 
     flops: float
     out_group: str | None
     in_group: str | None
     parameters: float = 0.0
+    routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,7 +295,7 @@ class GroupChange:
         bound: worst-case change of the model's output (Euclidean norm); None with data, as the fold's coefficients then
             come from no closed form.
         error: measured on the calibration data: the share of the energy of the consumers' output that the fold left
-            unexplained; None without data.
+            unexplained; None without data, and of whole experts.
         first_order: the part of `predicted` that the gradient gives: what was learned last and is undone.
     """
 

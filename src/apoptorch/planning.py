@@ -142,6 +142,8 @@ def _vector(group: ChannelGroup, tensors: Mapping[str, Tensor]) -> int:
 
 def _step(group: ChannelGroup, multiple: int) -> int:
     """Widths go in steps of the hardware's multiple, in each block if its blocks are wide enough."""
+    if group.gate is not None:
+        return 1
     if group.blocks == 1:
         return math.lcm(max(1, multiple // group.entries), group.multiple)
     return group.blocks * math.lcm(multiple if group.width // group.blocks > 2 * multiple else 1, group.multiple)

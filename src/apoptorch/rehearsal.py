@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .calibrate import calibrating
 from .errors import ApoptosisError
-from .graph import assemble, rehearsing, traced, undivided
+from .graph import assemble, rehearsing, traced
 from .plan import ChannelGroup, FoldPlan, SizeAttribute, Slot
 from .surgery import Surgery, attributes, named_tensors
 
@@ -54,7 +54,8 @@ class _Rehearsal:
         self, model: nn.Module, groups: list[ChannelGroup], args: tuple[Any, ...], kwargs: dict[str, Any],
         heads: Collection[str],
     ):  # fmt: skip
-        self.model, self.groups, self.args, self.kwargs, self.heads = model, groups, args, kwargs, heads
+        self.model, self.args, self.kwargs, self.heads = model, args, kwargs, heads
+        self.groups = [_counted(group, model) for group in groups]
         self.vain = set[tuple[Any, ...]]()  # attributes that were tried, for a group that passes the same lines
 
     @cached_property
@@ -63,7 +64,7 @@ class _Rehearsal:
         return traced(self.model, self.args, self.kwargs).numbers()
 
     def run(self) -> list[ChannelGroup]:
-        while names := [group.name for group in self.groups if group.prunable and group.width > group.least_step]:
+        while names := [group.name for group in self.groups if group.prunable and group.shrinks]:
             changed = self.changed(names)
             if not changed:
                 break
@@ -106,7 +107,8 @@ class _Rehearsal:
 
     def resolved(self, group: ChannelGroup, reason: str) -> ChannelGroup:
         error = None if group.sizes else self.failure_of(group)
-        silent = error is None and group.entries > 1 and not group.sizes  # fewer heads, cut into as many as before
+        whole = group.entries > 1 or group.gate is not None
+        silent = error is None and whole and not group.sizes  # fewer heads or experts, counted as before
         sized = self.sized(group, error) if error is not None or silent else None
         return sized or replace(group, prunable=False, reason=reason, sizes=())
 
@@ -189,11 +191,11 @@ class _Rehearsal:
             text = f"the narrowed model can't be traced: {' '.join(str(error).split())[:300]}"
             return dict.fromkeys(names, text), []
         groups = assemble(tracer)[0]
-        found = {places_of(group) for each in groups for group in (each, undivided(each))}  # few enough for their own
+        found = {
+            places_of(group) for each in groups for group in (each, each.with_experts(1))
+        }  # few enough for their own
         reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
-        reasons = {
-            g.name: reason for g in narrowed if g.name in names and g.width > g.least_step and places_of(g) not in found
-        }
+        reasons = {g.name: reason for g in narrowed if g.name in names and g.shrinks and places_of(g) not in found}
         return reasons, tracer.numbers()
 
 
@@ -237,9 +239,19 @@ def _failing(error: Exception, modules: dict[nn.Module, str]) -> Iterable[nn.Mod
 
 def _holders(group: ChannelGroup, model: nn.Module) -> Iterable[nn.Module]:
     """The modules that hold a tensor of the group, innermost first."""
-    names = [slot.tensor.rpartition(".")[0].split(".") for slot in group.producers]
+    names = [slot.tensor.rpartition(".")[0].split(".") for slot in group.makers]
     paths = {".".join(name[:length]) for name in names for length in range(len(name) + 1)}
     return [model.get_submodule(path) for path in sorted(paths, key=lambda path: (-path.count("."), path == "", path))]
+
+
+def _counted(group: ChannelGroup, model: nn.Module) -> ChannelGroup:
+    """Of whole experts, with the attributes by such a name that count them, where they and their router lie."""
+    if group.gate is None or group.sizes:
+        return group
+    modules = {module: path for path, module in model.named_modules()}
+    paths = dict.fromkeys([*(slot.tensor.rpartition(".")[0] for slot in group.makers), group.name.rpartition(".")[0]])
+    found = _candidates(group, [model.get_submodule(path) for path in paths], modules)
+    return replace(group, sizes=tuple(size for size in found if "experts" in size.name))
 
 
 def _candidates(

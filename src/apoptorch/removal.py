@@ -65,13 +65,13 @@ def remove_(
         if reason is not None:
             surgery.undo_()
             groups = network.groups
-        changed = replace(network, groups=groups)
+        changed = network.narrowed(groups)
         event = replace(
             draft, widths_after=changed.widths, parameters_after=changed.parameters, flops_after=changed.flops(),
             measured=increase, certificate=certificate, rolled_back=reason is not None, reason=reason,
             seconds=ranks.longest(start),
         )  # fmt: skip
-    network.groups = changed.groups
+    network.groups, network.costs = changed.groups, changed.costs
     return event
 
 
@@ -138,8 +138,8 @@ def _draft(
     widths, size, cost = network.widths, network.parameters, network.flops()
     changes = tuple(
         GroupChange(
-            item.group, widths[item.group], len(item.keep), item.predicted, item.bound, errors[item.group],
-            item.first_order,
+            item.group, widths[item.group], len(item.keep), item.predicted, item.bound,
+            errors[item.group] if math.isfinite(errors[item.group]) else None, item.first_order,
         )
         for item in plans
     )  # fmt: skip

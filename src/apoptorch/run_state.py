@@ -6,6 +6,7 @@ from typing import Any
 from .batches import Batch
 from .errors import ArgumentError
 from .plan import ChannelGroup, Event
+from .surgery import narrowed
 
 _NUMBERS = ("step", "event_step", "wake", "batch_size", "scale", "fraction", "event_seconds")
 
@@ -44,7 +45,10 @@ def _problems(state: Any, groups: Sequence[ChannelGroup], shapes: Mapping[str, S
     if wrong:
         got = {name: saved[name] for name in wrong}
         yield f"`widths` of `state` must be from 1 to those of the model, got {got}. Build the model at its full size."
-    apart = {group.name: group.experts for group in groups if group.experts > 1 and group.name in saved}
+    whole = {} if wrong else {group.name: known[group.name] for group in groups if group.gate is not None}
+    apart = {
+        group.name: group.experts for group in narrowed(groups, whole) if group.experts > 1 and group.name in saved
+    }
     if isinstance(experts, dict) and (got := {name: n for name, n in experts.items() if name in widths}) != apart:
         yield (f"`experts` of `state` must be those that have channels of their own in the model, {apart}, got {got}. "
                "Build the model at its full size.")  # fmt: skip

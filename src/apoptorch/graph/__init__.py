@@ -9,7 +9,6 @@ from ..plan import ChannelGroup, CostTerm
 from . import rules as rules  # registers the rules
 from .capture import capture, preserved, rehearsing
 from .chain import Link, chain
-from .experts import undivided
 from .groups import assemble
 from .heads import with_whole_heads
 from .tracer import Tracer, attribute
@@ -24,7 +23,6 @@ __all__ = [
     "trace",
     "trace_chain",
     "traced",
-    "undivided",
     "with_whole_heads",
 ]
 

@@ -7,13 +7,13 @@ back to what made them; where it can't be, unit i of all experts stays one chann
 """
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from ..plan import ChannelGroup, Slot
+from ..plan import ChannelGroup, Consumer, Slot
 from .labels import Array, segments
 from .rules.attention import TRANSPOSES, changed, transposed
 from .rules.elementwise import CONSTANT_OPS, IDENTITY, JOINS, POINTWISE
@@ -30,7 +30,8 @@ def by_expert(tracer: Tracer, groups: dict[int, ChannelGroup], present: Present)
     """The same groups; those have a block for each expert whose channels can go by expert."""
     if not tracer.products:
         return groups
-    taken = {(slot.tensor, slot.dim) for group in groups.values() if group.prunable for slot in group.slots}
+    narrow = [group for group in groups.values() if group.prunable and group.gate is None]
+    taken = {(slot.tensor, slot.dim) for group in narrow for slot in group.slots}
     found = {}
     for index, group in groups.items():
         dims = _Experts(tracer, group, lambda labels, own=index: own in present(labels)).dims()
@@ -61,20 +62,24 @@ def _divided(tracer: Tracer, group: ChannelGroup, dims: dict[str, int]) -> Chann
     )  # fmt: skip
 
 
-def undivided(group: ChannelGroup) -> ChannelGroup:
-    """The group with the same hidden unit of all experts as one channel."""
-    experts, width = group.experts, group.width // group.experts
-
-    def whole(slot: Slot) -> Slot:
-        positions = None if slot.positions is None else slot.positions[: width * slot.inner]
-        plain = positions is None or positions == tuple(range(len(positions)))
-        return replace(slot, positions=None if plain else positions, split=None)
-
-    return group if experts == 1 else replace(
-        group, width=width, full_width=group.full_width // experts, blocks=1,
-        producers=tuple(whole(slot) for slot in group.producers),
-        consumers=tuple(replace(each, weight=whole(each.weight)) for each in group.consumers),
-    )  # fmt: skip
+def whole(tracer: Tracer, own: dict[str, list], chosen: Sequence[int | None], width: int) -> int | None:
+    """How many experts each token takes (0: all), if these channels are whole experts: one linear layer makes nothing
+    but what a softmax turns into their weights, and all else that has one entry for each is what they consist of. Its
+    products are then what reads them, as the makers of the second ones of pairs are. None if they are no experts."""
+    stacks = {name for product in tracer.products.values() for name in product.tensors}
+    layers = set().union(*tracer.uses.values()) - stacks
+    routers = [slot for slot in own["producer"] if slot.tensor in layers]
+    biases = {bias for bias, weights in tracer.uses.items() if weights & {slot.tensor for slot in routers}}
+    rest = [slot for slot in own["producer"] if slot.tensor not in layers | biases]
+    vectors = {name for node, name in tracer.tensors.items() if len(shape(node)) < 2}  # might shift the router's output
+    stacked = rest and all(slot.tensor in stacks for slot in rest) and len(routers) == 1 and not own["consumer"]
+    stacked = stacked and all(slot.inner == 1 and slot.tensor not in vectors for slot in (*rest, *own["passthrough"]))
+    numbers = [number for number in chosen if number is not None]
+    if not stacked or len(numbers) < len(chosen) or max(numbers) > width:
+        return None
+    own["consumer"] = [Consumer(slot, paired=True) for slot in rest]
+    own["producer"] = [*routers, *(slot for slot in own["producer"] if slot.tensor in biases)]
+    return max(numbers)
 
 
 class _Experts:

@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from ..plan import ChannelGroup, Consumer, CostTerm, Slot
-from .experts import by_expert
+from .experts import by_expert, whole
 from .tracer import Record, Tracer, attribute
 
 Array = Int64[Tensor, "..."]
@@ -81,6 +82,10 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
     for labels, code in tracer.passes.values():
         for index in parts.present(labels):
             lines[index] |= code
+    gates: list[list[tuple[str, int | None]]] = [[] for _ in range(count)]
+    for labels, reason, chosen in tracer.gates:
+        for index in parts.present(labels):
+            gates[index].append((reason, chosen))
     pairs: list[list[tuple[set[str], set[str]]]] = [[] for _ in range(count)]
     for labels, one, other in tracer.pairs:
         for index in parts.present(labels):
@@ -99,18 +104,33 @@ def assemble(tracer: Tracer) -> tuple[list[ChannelGroup], list[CostTerm]]:
             continue  # per-channel parameters of what is no channel
         if not own["producer"]:
             own["producer"], own["passthrough"] = own["passthrough"][:1], own["passthrough"][1:]
+        gate = None
+        if gates[index] and not reasons[index] and blocks[index] == 1 and index not in general:
+            gate = whole(tracer, own, [chosen for _, chosen in gates[index]], width)
+        if gate is None:
+            reasons[index] |= dict.fromkeys(reason for reason, _ in gates[index])
         if not own["consumer"]:
             reasons[index]["no layer reads its channels"] = None
         neuron = "general" if index in general else _neuron(holds[index], own["producer"], weights[index])
+        neuron = neuron if gate is None else "experts"
         entries = _entries(own["consumer"], width, blocks[index], reasons[index]) if index in heads else 1
         made[index] = ChannelGroup(
             names[index], width, width, neuron, tuple(own["producer"]), tuple(own["passthrough"]),
             tuple(own["consumer"]), any(r.max_pooled for r in holds[index] if r.role == "consumer"),
             not reasons[index], _told(list(reasons[index])), blocks[index], entries,
-            multiple=multiples[index], lines=tuple(sorted(lines[index] - {""})),
+            multiple=multiples[index], gate=gate, lines=tuple(sorted(lines[index] - {""})),
         )  # fmt: skip
-    divided = by_expert(tracer, made, parts.present)
+    divided = by_expert(tracer, _named_experts(made), parts.present)
     return list(divided.values()), _costs(parts, divided)
+
+
+def _named_experts(groups: dict[int, ChannelGroup]) -> dict[int, ChannelGroup]:
+    """Those of whole experts bear the name of the module that holds them and their router."""
+    names = [
+        group.name if group.gate is None else _common([slot.tensor for slot in group.makers], "experts")
+        for group in groups.values()
+    ]
+    return {index: replace(groups[index], name=name) for index, name in zip(groups, _distinct(names), strict=True)}
 
 
 def _pair(own: dict[str, list], pairs: list[tuple[set[str], set[str]]], reasons: dict[str, None]) -> None:
@@ -238,11 +258,11 @@ def _names(parts: _Assembly, holds: list[list[Record]], heads: set[int]) -> list
     return _distinct([n if taken[n] == 1 else t for n, t in zip(names, tensors, strict=True)])
 
 
-def _common(tensors: list[str]) -> str:
-    """The heads of the innermost module that holds these tensors."""
+def _common(tensors: list[str], what: str = "heads") -> str:
+    """The heads (or `what`) of the innermost module that holds these tensors."""
     paths = [tensor.split(".")[:-1] for tensor in tensors]
     same = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-    return ".".join([*same, "heads"]) if tensors else ""
+    return ".".join([*same, what]) if tensors else ""
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -256,7 +276,7 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _costs(parts: _Assembly, groups: dict[int, ChannelGroup]) -> list[CostTerm]:
-    totals: dict[tuple[int | None, int | None], list[float]] = {}
+    totals: dict[tuple[int | None, int | None, bool], list[float]] = {}
     names: dict[int | None, str] = {index: group.name for index, group in groups.items()}
     widths: dict[int | None, int] = {index: group.width for index, group in groups.items()}
     for cost in parts.tracer.costs:
@@ -264,10 +284,10 @@ def _costs(parts: _Assembly, groups: dict[int, ChannelGroup]) -> list[CostTerm]:
         for a, share in out_side.items():
             for b, other in in_side.items():
                 scale = share * other / widths.get(a, 1) / widths.get(b, 1)
-                old = totals.setdefault((a, b), [0.0, 0.0])
+                old = totals.setdefault((a, b, cost.routed), [0.0, 0.0])
                 old[0] += cost.flops * scale
                 old[1] += cost.parameters * scale
-    return [CostTerm(f, names.get(a), names.get(b), p) for (a, b), (f, p) in totals.items()]
+    return [CostTerm(f, names.get(a), names.get(b), p, routed) for (a, b, routed), (f, p) in totals.items()]
 
 
 def _shares(parts: _Assembly, labels: Array | None, groups: dict[int, ChannelGroup]) -> dict[int | None, float]:

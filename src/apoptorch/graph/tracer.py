@@ -26,6 +26,10 @@ VIEWS = (
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t", "alias", "detach",
     "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "expand", "narrow",
 )  # fmt: skip
+MOVE_NUMBERS = {*VIEWS, "to", "_to_copy", "contiguous", "clone", "long", "int"} - {"split", "chunk", "unbind"}
+TAKE_NUMBERS = {"sort", "histc", "one_hot", "scatter", "_assert_tensor_metadata", "empty_like", "zeros_like"}
+SHARES = "shares"  # neuron type: a softmax of what a layer makes
+GATES = (SHARES, "gate")  # those of channels that are 0 wherever the expert of their number has no weight
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -59,6 +63,7 @@ class Cost:
     flops: float
     parameters: float
     sides: tuple[Array | None, Array | None]
+    routed: bool = False
 
 
 Choice = tuple[Any, int | None]
@@ -170,6 +175,11 @@ class Tracer:
         self.names: dict[int, str] = {}  # first label made by a layer -> module
         self.makers: list[tuple[Array, str]] = []  # channels and a weight that makes them
         self.pins: list[tuple[Array, str]] = []
+        self.gates: list[
+            tuple[Array, str, int | None]
+        ] = []  # channels that an op normalises over or chooses from: fatal
+        # unless they are experts; how many are chosen, 0: all, None: not of what a layer makes
+        self.chosen: dict[Node, tuple[Array | None, ...]] = {}  # outputs that hold numbers of these channels
         self.general: list[Array] = []  # channels that no closed form describes
         self.pairs: list[tuple[Array, set[str], set[str]]] = []  # channels of two tensors each, and what makes both
         self.rows: list[tuple[Array, str]] = []  # labels [rows, entries]: as many must stay in every row
@@ -222,6 +232,8 @@ class Tracer:
         if node.target is operator.getitem:
             flows = self.flows.get(arguments(node)[0], ())
             self.flows[node] = flows[arguments(node)[1]] if isinstance(flows, list) else flows
+            if numbers := self.chosen.get(arguments(node)[0]):
+                self.chosen[node] = numbers[arguments(node)[1] :][:1]
             return
         if self.parametrized(node):
             return
@@ -232,6 +244,7 @@ class Tracer:
             for used in node.all_input_nodes:
                 flow = self.flow(used)
                 self.pin_flow(flow, f"{self.where(node)} has no rule that says what becomes of the channels")
+        self.follow_numbers(node)
         for used in node.all_input_nodes:  # a parameter used outside its layer's own op
             if (name := self.tensor(used)) is not None and attribute(name) not in self.claimed:
                 self.used_by.setdefault(attribute(name), self.where(node))
@@ -239,6 +252,16 @@ class Tracer:
         if writes(node) and arguments(node):
             self.flows[arguments(node)[0]] = self.flows.get(node, ())
             self.alias(arguments(node)[0])
+
+    def follow_numbers(self, node: Node) -> None:
+        """Numbers of channels are moved, or go into an op that has a rule for them."""
+        for used in node.all_input_nodes:
+            labels = self.chosen.get(used, (None,))[0]
+            if labels is None or op_name(node) in TAKE_NUMBERS:
+                continue
+            if op_name(node) not in MOVE_NUMBERS or writes(node):
+                self.pin(labels, f"{self.where(node)} has no rule for the numbers of chosen channels")
+            self.chosen[node] = (labels,)
 
     def alias(self, node: Any) -> None:
         """`node` was changed in place: if it is a view, those who read its base see other neurons than it seems."""
@@ -421,6 +444,9 @@ class Tracer:
         record.neurons.add(read.neuron)
         record.max_pooled |= read.max_pooled
 
-    def cost(self, parameters: int, positions: float, out_labels: Array | None, in_labels: Array | None) -> None:
+    def cost(
+        self, parameters: int, positions: float, out_labels: Array | None, in_labels: Array | None,
+        routed: bool = False,
+    ) -> None:  # fmt: skip
         """One multiplication and addition for every parameter at every position (at full width)."""
-        self.costs.append(Cost(2.0 * parameters * positions, float(parameters), (out_labels, in_labels)))
+        self.costs.append(Cost(2.0 * parameters * positions, float(parameters), (out_labels, in_labels), routed))

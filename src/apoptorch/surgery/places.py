@@ -46,7 +46,8 @@ def slots_of(group: ChannelGroup) -> list[Slot]:
 
 
 def without(groups: Sequence[ChannelGroup], group: ChannelGroup, keep: Int64[Tensor, " k"]) -> list[ChannelGroup]:
-    """All groups once `group` has only the channels `keep`: slots that share a dimension with it move."""
+    """All groups once `group` has only the channels `keep`: slots that share a dimension with it move, and whose blocks
+    are its experts have fewer of them."""
     sizes: dict[_Key, int] = {_key(slot): 0 for slot in slots_of(group)}
     for owner in groups:
         for slot in slots_of(owner):
@@ -59,6 +60,8 @@ def without(groups: Sequence[ChannelGroup], group: ChannelGroup, keep: Int64[Ten
         kept = owner.leading(len(keep) if owner is group else owner.width)
         return slot if place is None else slot.moved(place, owner.width, kept)
 
+    experts = {(slot.tensor, slot.dim) for slot in group.slots if group.gate is not None}
+    others = (owner.with_experts(len(keep)) if experts & _blocks(owner) else owner for owner in groups)
     return [
         replace(
             owner,
@@ -67,14 +70,20 @@ def without(groups: Sequence[ChannelGroup], group: ChannelGroup, keep: Int64[Ten
             passthrough=tuple(move(slot, owner) for slot in owner.passthrough),
             consumers=tuple(replace(c, weight=move(c.weight, owner)) for c in owner.consumers),
         )
-        for owner in groups
+        for owner in others
     ]
 
 
+def _blocks(group: ChannelGroup) -> set[tuple[str, int]]:
+    """The dimensions of tensors that count the experts which its blocks are."""
+    return {(slot.tensor, slot.split[0]) for slot in group.slots if slot.split and group.experts > 1}
+
+
 def narrowed(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> list[ChannelGroup]:
-    """The groups at these widths."""
+    """The groups at these widths: first those of whole experts, of which others have blocks."""
     now = list(groups)
-    for name, width in widths.items():
+    experts = {group.name for group in groups if group.gate is not None}
+    for name, width in sorted(widths.items(), key=lambda item: item[0] not in experts):
         group = next(group for group in now if group.name == name)
         if width != group.width:
             now = without(now, group, group.leading(width))

@@ -108,11 +108,14 @@ class Surgery:
     def fold_all_(self, groups: Sequence[ChannelGroup], plans: Iterable[FoldPlan]) -> list[ChannelGroup]:
         """`fold_` for each plan, by the name of its group.
 
+        Whole experts go last, after the hidden units of all.
+
         Returns:
             All `groups` as they are then: those that share a dimension with a narrowed one (concatenation) have moved.
         """
         now = list(groups)
-        for plan in plans:
+        experts = {group.name for group in groups if group.gate is not None}
+        for plan in sorted(plans, key=lambda plan: plan.group in experts):
             group = next(group for group in now if group.name == plan.group)
             with self._whole(name for slot, bias, _ in cuts(group, plan) for name in (slot.tensor, bias) if name):
                 self.fold_(group, plan)

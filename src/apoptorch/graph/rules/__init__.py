@@ -1,6 +1,6 @@
 """One rule per family of ATen ops. A rule never guesses: what it doesn't know, it pins."""
 
-from . import attention, elementwise, layers, norms, pooling, recurrent, shapes  # registers the rules
+from . import attention, elementwise, layers, norms, pooling, recurrent, routing, shapes  # registers the rules
 from .elementwise import CONSTANT_OPS, POINTWISE, neuron_name
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "norms",
     "pooling",
     "recurrent",
+    "routing",
     "shapes",
 ]

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from ..labels import Array, Field, along, line
 from ..tracer import (
+    GATES,
     VIEWS,
     Choice,
     Flow,
@@ -26,6 +27,7 @@ from ..tracer import (
     writes,
 )
 from .elementwise import meet
+from .routing import ends
 
 Letters = list[str]
 Pair = tuple[Node, Node]
@@ -36,11 +38,15 @@ _MOVES = (*VIEWS, "getitem", "_unsafe_view", "numpy_T", "mT", "movedim", "contig
 TRANSPOSES = ("t", "numpy_T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
-def product(tracer: Tracer, node: Node, given: Node, other: Node, dims: tuple[Letters, Letters, Letters]) -> None:
+def product(
+    tracer: Tracer, node: Node, given: Node, other: Node, dims: tuple[Letters, Letters, Letters],
+    rows: Array | None = None,
+) -> None:  # fmt: skip
     """einsum of two operands whose dimensions have these letters; letters missing in the result are summed over.
 
     Channels that are summed over must meet the columns of a parameter. Others pass: what they are multiplied by may
-    differ between blocks (heads) and positions, not between the channels of a block.
+    differ between blocks (heads) and positions, not between the channels of a block. `rows`: the channels along "e" of
+    the other operand, of which each row of the first meets one.
     """
     (x, left), (y, right), out = _parameter(tracer, given, dims[0]), _parameter(tracer, other, dims[1]), dims[2]
     _note_experts(tracer, node, (given, other), (x, y), (left, right, out))
@@ -48,7 +54,12 @@ def product(tracer: Tracer, node: Node, given: Node, other: Node, dims: tuple[Le
     flows = [tracer.flow(x), tracer.flow(y)]
     summed = [letter for letter in dict.fromkeys(dims[0] + dims[1]) if letter not in out]
     for letter in summed:
-        _contract(tracer, node, (x, y), flows, dims, letter)
+        if letter != "e" or rows is None or y not in tracer.tensors or shape(y)[right.index("e")] != len(rows):
+            _contract(tracer, node, (x, y), flows, dims, letter)
+            continue
+        for each in (each for each in flows[1] if each.dims == (right.index("e"),)):
+            tracer.unite(each.labels.flatten(), rows, f"{tracer.where(node)} joins unlike channels")
+            tracer.made_by_product(each.labels, tracer.tensors[y])
     for operand, flow, letters in zip((x, y), flows, dims, strict=False):
         for each in flow:
             own = [letters[d] for d in each.dims]
@@ -135,7 +146,8 @@ def _cost(tracer: Tracer, operands: Pair, flows: Sequence[Flow], dims: Sequence[
             experts = math.prod(sizes[c] for c in letters if sum(c in own for own in dims) == 1)  # a row meets one
             whole = math.prod(shape(operand))
             parameters = whole // sizes.get(_PART, 1)
-            tracer.cost(parameters, positions * whole / experts / parameters, sides.get(False), sides.get(True))
+            positions *= whole / experts / parameters
+            tracer.cost(parameters, positions, sides.get(False), sides.get(True), experts > 1)
             return
 
 
@@ -145,8 +157,14 @@ def _meet(
     """A channel dimension that both operands share must hold the same channels in both."""
     for other, flow, theirs in zip(operands, flows, dims, strict=False):
         held = any(theirs[d] == letter for f in flow for d in f.dims)
-        if letter in theirs and not held and shape(other)[theirs.index(letter)] > 1:
+        if letter in theirs and not held and _differs(other, theirs.index(letter) - len(theirs)):
             tracer.pin(each.labels, f"{tracer.where(node)} combines them with a tensor that apoptosis doesn't follow")
+
+
+def _differs(node: Node, dim: int) -> bool:
+    """May entries differ along a dimension, counted from the last? Not those that one was expanded to."""
+    x = arguments(node)[0] if op_name(node) == "expand" else node
+    return len(shape(x)) >= -dim and shape(x)[dim] > 1
 
 
 def _contract(
@@ -164,6 +182,11 @@ def _contract(
     labelled = [*left, *right]
     if all(parameters) or not any(parameters) or not left or not right:
         if left and right and not any(parameters):
+            if [len(each.dims) for each in labelled] == [1, 1] and {each.neuron for each in labelled} & set(GATES):
+                tracer.unite(
+                    left[0].labels.flatten(), right[0].labels.flatten(), f"{tracer.where(node)} joins unlike ones"
+                )
+                return
             note_heads(tracer, left, i)
             note_heads(tracer, right, j)
             order = [*(c for c in dims[0] if c in dims[1] and c != letter), letter]
@@ -257,7 +280,8 @@ def grouped_product(tracer: Tracer, node: Node) -> None:
         flows = [each for used in node.all_input_nodes for each in tracer.flow(used)]
         tracer.pin_flow(flows, f"{tracer.where(node)} has no rule for products of these shapes")
         return
-    product(tracer, node, x, weight, (["t", "k"], ["e", "k", "n"], ["t", "n"]))
+    rows = ends(tracer, argument(node, 2, "offs"))
+    product(tracer, node, x, weight, (["t", "k"], ["e", "k", "n"], ["t", "n"]), rows)
     if noted := tracer.products.get(node):  # the ends of each expert's rows
         chosen = (argument(node, 2, "offs"), 0)
         letters = _parameter(tracer, weight, ["e", "k", "n"])[1]

@@ -1,13 +1,12 @@
-"""Elementwise ops, arithmetic of several tensors, softmax."""
+"""Elementwise ops, arithmetic of several tensors."""
 
 import math
 from dataclasses import replace
 
-import torch
 from torch.fx import Node
 
 from ..labels import Field, widened
-from ..tracer import Tracer, argument, arguments, nodes_of, op_name, rule, shape
+from ..tracer import GATES, Tracer, arguments, nodes_of, op_name, rule, shape
 
 POINTWISE = (
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",
@@ -75,6 +74,8 @@ def arithmetic(tracer: Tracer, node: Node) -> None:
     for operand in operands:
         placed = [_at(each, ndim) for each in tracer.flow(operand)]
         (own if operand in tracer.tensors else fields).extend(placed)
+    gates = {"mul": operands, "div": operands[:1]}.get(op_name(node), [])  # 0 stays 0
+    gated = {_at(each, ndim).dims for used in gates for each in tracer.flow(used) if each.neuron in GATES}
     fields += _of_parameters(tracer, node, own, fields)
     joined = tracer.join(node, fields)
     for each in joined:
@@ -82,7 +83,7 @@ def arithmetic(tracer: Tracer, node: Node) -> None:
             meet(tracer, node, operand, each)
     both = [operand for operand in operands if tracer.flow(operand)]
     if op_name(node) not in ("add", "sub") or len(operands) != 2 or len(both) != 2:
-        joined = [replace(each, neuron="general") for each in joined]
+        joined = [replace(each, neuron=GATES[1] if each.dims in gated else "general") for each in joined]
     tracer.emit(node, joined)
 
 
@@ -119,32 +120,3 @@ def meet(tracer: Tracer, node: Node, operand: Node, field: Field) -> None:
         last = field.dims[-1]
         wide = widened(field.labels, shape(node), tuple(open_dims))
         tracer.rows.append((wide.movedim(last, -1).reshape(-1, wide.shape[last]), tracer.where(node)))
-
-
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "logsumexp", "cumsum", "cumprod", "argmax", "sort", "topk")
-def along_one_dimension(tracer: Tracer, node: Node) -> None:
-    """Ops that mix one dimension and leave the others what they are."""
-    x = arguments(node)[0]
-    default = {"topk": -1, "sort": -1}.get(op_name(node))
-    dim = argument(node, 2 if op_name(node) == "topk" else 1, "dim", default)
-    dims = [dim] if isinstance(dim, int) else dim or range(len(shape(x)))
-    mixed = {d % len(shape(x)) for d in dims}
-    kept = []
-    for each in tracer.flow(x):
-        if mixed & set(each.dims):
-            word = (
-                "has no rule for them along"
-                if op_name(node) in ("sort", "topk", "cumsum", "cumprod")
-                else "normalises over"
-            )
-            tracer.pin(each.labels, f"{tracer.where(node)} {word} them")
-        else:
-            kept.append(replace(each, neuron="general"))
-    value = node.meta["val"]
-    if isinstance(value, torch.Tensor):
-        if len(shape(node)) != len(shape(x)):
-            tracer.pin_flow(kept, f"{tracer.where(node)} has no rule for a dimension that goes")
-            return
-        tracer.emit(node, kept)
-    else:
-        tracer.flows[node] = [tuple(kept)] * len(value)

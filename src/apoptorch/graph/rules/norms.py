@@ -40,7 +40,7 @@ def layer_norm(tracer: Tracer, node: Node) -> None:
         if mixed & set(each.dims):
             tracer.pin(each.labels, f"{tracer.where(node)} normalises over them: what it gives to one depends on all")
         else:
-            kept.append(each)
+            kept.append(replace(each, neuron="general"))
     tracer.claimed |= {tracer.tensors[arg] for arg in arguments(node)[2:] if arg in tracer.tensors}
     several = isinstance(node.meta["val"], list | tuple)
     tracer.flows[node] = [tuple(kept)] * len(node.meta["val"]) if several else tuple(kept)

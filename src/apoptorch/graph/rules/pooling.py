@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch.fx import Node
 
 from ..labels import line
-from ..tracer import Tracer, argument, arguments, op_name, rule, shape
+from ..tracer import GATES, Tracer, argument, arguments, op_name, rule, shape
 
 POOLING = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
@@ -71,6 +71,8 @@ def reduction(tracer: Tracer, node: Node) -> None:
     keepdim, fields = len(sizes) == ndim, []
     for each in tracer.flow(x):
         over = [dim for dim in each.dims if dim in reduced]
+        if op_name(node) == "sum" and each.neuron in GATES and len(each.dims) == 1 and over:
+            continue
         if (each.dims and each.dims[-1] in reduced) or not set(each.dims) - reduced:
             tracer.pin(each.labels, f"{tracer.where(node)} sums over them")
             continue
