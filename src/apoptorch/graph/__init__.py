@@ -11,7 +11,8 @@ from .capture import capture, preserved, rehearsing
 from .chain import Link, chain
 from .groups import assemble
 from .heads import with_whole_heads
-from .tracer import Tracer, attribute
+from .nodes import attribute
+from .tracer import Tracer
 
 __all__ = [
     "Link",

@@ -18,8 +18,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from ..neurons import Neuron, neuron
+from .nodes import VIEWS, argument, op_name
 from .rules import CONSTANT_OPS, POINTWISE, neuron_name
-from .tracer import VIEWS, Tracer, argument, op_name
+from .tracer import Tracer
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from torch.fx import Node
 
 from ..plan import ChannelGroup, Consumer, Slot
 from .labels import Array, segments
+from .nodes import argument, arguments, nodes_of, op_name, shape, stack_of
 from .rules.attention import TRANSPOSES, changed, transposed
 from .rules.elementwise import CONSTANT_OPS, IDENTITY, JOINS, POINTWISE
 from .rules.shapes import RESHAPES
-from .tracer import Choice, Tracer, argument, arguments, nodes_of, op_name, shape, stack_of
+from .tracer import Choice, Tracer
 
 WIDEST = 4096  # hidden units of all experts, as the memory of their moments grows with the square
 _ELEMENTWISE = {*POINTWISE, *IDENTITY, *CONSTANT_OPS, *JOINS} - {"prelu"}

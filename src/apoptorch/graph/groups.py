@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..plan import ChannelGroup, Consumer, CostTerm, Slot
 from .experts import by_expert, whole
-from .tracer import Record, Tracer, attribute
+from .nodes import attribute
+from .tracer import Record, Tracer
 
 Array = Int64[Tensor, "..."]
 

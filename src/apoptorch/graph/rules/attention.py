@@ -8,24 +8,8 @@ import torch
 from torch.fx import Node
 
 from ..labels import Array, Field, along, line
-from ..tracer import (
-    GATES,
-    VIEWS,
-    Choice,
-    Flow,
-    Product,
-    Tracer,
-    argument,
-    arguments,
-    is_view,
-    nodes_of,
-    op_name,
-    place_in_stack,
-    rule,
-    shape,
-    stack_of,
-    writes,
-)
+from ..nodes import VIEWS, argument, arguments, is_view, nodes_of, op_name, place_in_stack, shape, stack_of, writes
+from ..tracer import GATES, Choice, Flow, Product, Tracer, rule
 from .elementwise import meet
 from .routing import ends
 

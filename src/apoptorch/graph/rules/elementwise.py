@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch.fx import Node
 
 from ..labels import Field, widened
-from ..tracer import GATES, Tracer, arguments, nodes_of, op_name, rule, shape
+from ..nodes import arguments, nodes_of, op_name, shape
+from ..tracer import GATES, Tracer, rule
 
 POINTWISE = (
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "sigmoid", "tanh",

@@ -8,7 +8,8 @@ from torch import nn
 from torch.fx import Node
 
 from ..labels import Field, along
-from ..tracer import Product, Tracer, argument, arguments, place_in_stack, rule, shape
+from ..nodes import argument, arguments, place_in_stack, shape
+from ..tracer import Product, Tracer, rule
 
 Place = tuple[str, int, int]  # tensor, dimension, entries for each column
 

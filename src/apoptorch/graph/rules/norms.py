@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from ..tracer import Tracer, argument, arguments, rule, shape
+from ..nodes import argument, arguments, shape
+from ..tracer import Tracer, rule
 
 
 @rule("batch_norm", "instance_norm")

@@ -5,7 +5,8 @@ from dataclasses import replace
 from torch.fx import Node
 
 from ..labels import line
-from ..tracer import GATES, Tracer, argument, arguments, op_name, rule, shape
+from ..nodes import argument, arguments, op_name, shape
+from ..tracer import GATES, Tracer, rule
 
 POOLING = (
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",

@@ -5,7 +5,8 @@ import math
 from torch.fx import Node
 
 from ..labels import Field, along
-from ..tracer import Tracer, arguments, op_name, rule, shape
+from ..nodes import arguments, op_name, shape
+from ..tracer import Tracer, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 

@@ -12,7 +12,8 @@ import torch
 from torch.fx import Node
 
 from ..labels import Array, Field, along
-from ..tracer import GATES, SHARES, Tracer, argument, arguments, op_name, rule, shape
+from ..nodes import argument, arguments, op_name, shape
+from ..tracer import GATES, SHARES, Tracer, rule
 
 _COUNTS, _ENDS = "counts", "ends"  # neuron types: how many rows each expert has, and where they end
 _SOFTMAX = ("softmax", "_softmax")

@@ -7,7 +7,8 @@ import torch
 from torch.fx import Node
 
 from ..labels import Field, compact, reshaped, widened
-from ..tracer import Tracer, argument, arguments, op_name, rule, shape
+from ..nodes import argument, arguments, op_name, shape
+from ..tracer import Tracer, rule
 
 RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 
