@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ class Batch:
     kwargs: dict[str, Any]
     targets: Any = None
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of inputs: the first dimension of the first tensor."""
         return next(
