@@ -191,9 +191,7 @@ class _Rehearsal:
             text = f"the narrowed model can't be traced: {' '.join(str(error).split())[:300]}"
             return dict.fromkeys(names, text), []
         groups = assemble(tracer)[0]
-        found = {
-            places_of(group) for each in groups for group in (each, each.with_experts(1))
-        }  # few enough for their own
+        found = {places_of(form) for group in groups for form in (group, group.with_experts(1))}  # one has no blocks
         reason = "forward() takes other channels for them once they are fewer (a size written as a number?)"
         reasons = {g.name: reason for g in narrowed if g.name in names and g.shrinks and places_of(g) not in found}
         return reasons, tracer.numbers()

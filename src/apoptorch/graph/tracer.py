@@ -96,10 +96,9 @@ class Tracer:
         self.names: dict[int, str] = {}  # first label made by a layer -> module
         self.makers: list[tuple[Array, str]] = []  # channels and a weight that makes them
         self.pins: list[tuple[Array, str]] = []
-        self.gates: list[
-            tuple[Array, str, int | None]
-        ] = []  # channels that an op normalises over or chooses from: fatal
-        # unless they are experts; how many are chosen, 0: all, None: not of what a layer makes
+        # channels that an op normalises over or chooses from: fatal unless they are experts; how many are chosen,
+        # 0: all, None: not of what a layer makes
+        self.gates: list[tuple[Array, str, int | None]] = []
         self.chosen: dict[Node, tuple[Array | None, ...]] = {}  # outputs that hold numbers of these channels
         self.general: list[Array] = []  # channels that no closed form describes
         self.pairs: list[tuple[Array, set[str], set[str]]] = []  # channels of two tensors each, and what makes both
