@@ -500,9 +500,37 @@ class Branching(nn.Module):
 
 
 def test_model_that_can_not_be_exported():
-    text = refused(Branching(), error=ExportError)
+    text = refused(Branching(), error=ExportError, policy=POLICY)
     for part in ("`model` (Branching)", "torch.export", "in train()", "in eval()", "data-dependent", "submodule"):
         assert part in text
+
+
+def test_a_network_without_anything_to_gain_is_left_alone_until_its_groups_are_asked_for():
+    model = Branching()
+    apoptosis = Apoptosis(model, example_inputs=X, loss_fn=F.cross_entropy, total_steps=1000)
+    for _ in range(3):
+        assert apoptosis.step(X, targets=Y) is None
+    for ask in (
+        apoptosis.explain,
+        apoptosis.state_dict,
+        lambda: apoptosis.apoptose(X, targets=Y),
+        lambda: apoptosis.groups,
+    ):
+        with pytest.raises(ExportError, match="Branching"):
+            ask()
+
+
+def test_small_examples_of_large_batches_do_not_make_a_network_small():
+    wakes = []
+    for size in (1, 8192):
+        model, x = (
+            nn.Sequential(nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)),
+            normal(8192, 10),
+        )
+        apoptosis = Apoptosis(model, example_inputs=x[:size], total_steps=1000)
+        apoptosis.step(x)
+        wakes.append(apoptosis._wake)
+    assert wakes[0] == wakes[1] < 1000
 
 
 @pytest.mark.parametrize("policy", ["bold", None, 3, ["normal"], {}])

@@ -223,7 +223,7 @@ def test_first_order_is_summed_over_what_each_consumer_reads():
         name: dataclasses.replace(m, noise=0.0)
         for name, m in measure(model, groups, [Batch((x,), {}, y)], F.mse_loss, 0.0).items()
     }
-    plans, _ = planning.plan(network, network.prunable(1), moments, POLICY, 0.1, math.inf)
+    plans, *_ = planning.plan(network, network.prunable(1), moments, POLICY, 0.1, math.inf)
     F.mse_loss(model(x), y).backward()
     expected = 0.0
     (item,), (group,) = plans, [group for group in groups if group.name == plans[0].group]
@@ -717,6 +717,24 @@ def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(depth, s
             found.append([sum(48 - len(item.keep) for item in each) for each in plans])
     assert found[0] == pytest.approx(found[1], abs=depth)
     assert any(0.2 < gone / (48 * depth) < 0.8 for gone in found[1])  # prices that buy something, but not all
+
+
+def test_an_event_foresees_what_twice_the_price_would_take():
+    torch.manual_seed(0)
+    model, x = Deep(3), data(1024, 16)
+    network = Network(model, (), (), *trace(model, (x,), {}))
+    groups, policy = network.prunable(1), Policy(multiple=1, floor=1)
+    moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
+
+    def left(price, budget):
+        plans, _, foreseen = planning.plan(network, groups, moments, policy, budget, price)
+        return flops(network.costs, network.widths | {item.group: len(item.keep) for item in plans}), foreseen
+
+    for price in (0.03, 0.1, 0.3):
+        now, foreseen = left(price, 0.1)
+        later, _ = left(2 * price, 0.2)
+        assert foreseen == pytest.approx(1 - later / now, abs=0.02)
+        assert foreseen > 0.03
 
 
 def test_certificate_counts_changed_predictions():

@@ -21,17 +21,19 @@ from .errors import AbandonedError, ArgumentError, RanksError
 from .evaluation import evaluate, pooled
 from .explain import Outlook, explained
 from .network import Network
-from .plan import ChannelGroup, Event
+from .plan import ChannelGroup, CostTerm, Event
 from .policy import POLICIES, Policy
 from .removal import abandoned, remove_
 from .run_state import history_and_batches
 from .sharding import sharding_problems
 from .surgery import Surgery, named_tensors, narrowed, sizes_of
-from .timing import milliseconds, training_seconds
+from .timing import forward_flops, milliseconds, training_seconds
 
 
 class Apoptosis:
     """Removes the neurons of `model` that its training makes redundant: call `step` after every optimizer.step().
+
+    A model so small that nothing can be gained is not traced before its groups are asked for.
 
     Args:
         model: the network, also inside DistributedDataParallel or torch.compile, or after fully_shard. On several ranks
@@ -76,31 +78,25 @@ class Apoptosis:
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.loss_fn, self.total_steps = loss_fn, total_steps
         self.history: list[Event] = []
-        with ranks.rebuilding(), ranks.together("tracing the model"):
-            with ranks.outlined((args, kwargs)) as call:
-                groups, costs = discovered(model, *call, protect)
-            own_size = Batch(args, kwargs).size
-            self._positions = positions(model, groups, costs, own_size)
-            if self.policy.cost == "milliseconds":
-                costs = milliseconds(model, groups, costs, Batch(args, kwargs))
-        ranks.agree("channel groups", groups)
-        self._network = Network(model, optimizers, tuple(followers), groups, ranks.first(costs), ranks)
-        self._batch_size = self._example_size = max(1, int(ranks.total([own_size])[0]))
+        self._network = Network(model, optimizers, tuple(followers), [], [], ranks)
+        self._example: Batch | None = Batch(args, kwargs)  # None: the model is traced
+        self._protect, self._compiled, self._graphs = tuple(protect), compiled, -1  # compiled up to the last event
+        self._batch_size = self._example_size = max(1, int(ranks.total([self._example.size])[0]))
         timed = 0 if self.policy.payback == 0 else self._network.parameters
         self._reduce_seconds = ranks.all_reduce_seconds(timed, next(model.parameters()).device) / max(1, timed)
+        if not self._is_small(self._example):
+            self._trace_()
         self._step = 0
         self._batches: list[Batch] = []
         self._forms: set[tuple[Any, ...]] = set()  # of batches that the model and the loss are known to take
         self._event_step = self._first_event()
         self._wake = self._next_wake()
-        self._scale, self._fraction, self._event_seconds = 1.0, 0.5, 0.0
+        self._scale, self._event_seconds = 1.0, 0.0
+        self._fraction = 0.5  # of the FLOPs: what the next look is expected to save
         self._last_call, self._step_seconds, self._first_loss = math.nan, math.inf, math.nan
         self._looked: Event | None = None  # the last look for redundancy, also one that found nothing
         self._unpaid = False  # the last look was left out, as it would not have paid for itself
         self._thread: int | None = None  # the one that steps; known from the first step on
-        self._compiled, self._graphs = compiled, -1  # graphs that were compiled up to the last event
-        if compiled and ranks.sharded is None:  # shards are put together in new tensors
-            compilation.follow_widths_(model, groups)
         self._compile_seconds, self._compiles_since = 0.0, time.perf_counter() if compiled else math.inf
         self._unmarked = self._stepped = not optimizers  # without optimizers there is nobody to mark a step
         for item in optimizers:
@@ -115,6 +111,7 @@ class Apoptosis:
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """The model's channel groups as they are now."""
+        self._trace_()
         return tuple(self._network.groups)
 
     def step(self, *inputs: Any, targets: Any = None, **kwinputs: Any) -> Event | None:
@@ -149,6 +146,8 @@ class Apoptosis:
             self._first_loss = pooled(own, ranks).loss
             if (size := max(1, int(ranks.total([batch.size])[0]))) != self._batch_size:  # than the example's
                 self._batch_size = size
+                if self._example is not None and self._work() > _OVERHEAD:
+                    self._trace_()
                 self._event_step = self._first_event()
                 self._wake = self._next_wake()
         return self._gather(batch) if step >= self._wake else None
@@ -167,6 +166,7 @@ class Apoptosis:
         problems = [*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)]
         checks.checked(self._network.ranks.problems(problems))
         checks.checked(self._batch_problems(batch) if self._network.ranks.alone else ())
+        self._trace_()
         calibration, held_out = split(batch)
         return self._remove([calibration], [held_out], replace(self.policy, rebalance=False), budget)
 
@@ -190,7 +190,8 @@ class Apoptosis:
             "batch_size": self._batch_size, "total_steps": self.total_steps,
             "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
-            "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
+            "widths": {group.name: group.width for group in self.groups},
+            "full_widths": {group.name: group.full_width for group in self.groups},
             "experts": {group.name: group.experts for group in self.groups if group.experts > 1},
             "history": [event.to_json() for event in self.history],
             "shapes": self._shapes(),
@@ -210,6 +211,7 @@ class Apoptosis:
     @contextmanager
     def resuming(self, state: dict[str, Any]) -> Iterator[None]:
         """`load_state_dict` as a transaction: an exception in the block puts everything back."""
+        self._trace_()
         network, now = self._network, self._network.widths
         history, batches = history_and_batches(state, self.groups, self._shapes())
         widths, full, before = state["widths"], state["full_widths"], (network.groups, network.costs, dict(vars(self)))
@@ -238,6 +240,31 @@ class Apoptosis:
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(tensor.shape) for name, tensor in named_tensors(self._network.model).items()}
+
+    # -- tracing ---------------------------------------------------------------------------------------------
+    def _is_small(self, example: Batch) -> bool:
+        """Is a step mostly overhead, whatever the widths? The network then has a single cost, which none changes."""
+        network = self._network
+        if self.policy.payback == 0 or self._compiled or not network.ranks.alone or self._work() > _OVERHEAD:
+            return False
+        network.costs = [CostTerm(forward_flops(network.model, example), None, None)]
+        return self._work() <= _OVERHEAD
+
+    def _trace_(self) -> None:
+        """Finds the groups and what they cost, once."""
+        if self._example is None:
+            return
+        network, ranks, example = self._network, self._network.ranks, self._example
+        with ranks.rebuilding(), ranks.together("tracing the model"):
+            with ranks.outlined((example.args, example.kwargs)) as call:
+                groups, costs = discovered(network.model, *call, self._protect)
+            self._positions = positions(network.model, groups, costs, example.size)
+            if self.policy.cost == "milliseconds":
+                costs = milliseconds(network.model, groups, costs, example)
+        ranks.agree("channel groups", groups)
+        network.groups, network.costs, self._example = groups, ranks.first(costs), None
+        if self._compiled and ranks.sharded is None:  # shards are put together in new tensors
+            compilation.follow_widths_(network.model, groups)
 
     # -- the schedule ----------------------------------------------------------------------------------------
     def _first_event(self) -> int:
@@ -273,7 +300,9 @@ class Apoptosis:
             batches, self._batches = self._batches, []
             self._unpaid = not self._network.ranks.first(self._pays())
             try:
-                if not self._unpaid:
+                if self._unpaid:
+                    self._fraction = min(1.0, 2 * self._fraction)  # the price will be higher
+                else:
                     event = self._remove(batches[0::3] + batches[1::3], batches[2::3], self.policy, None)
             except Exception as error:
                 if not isinstance(error, RanksError):
@@ -337,7 +366,7 @@ class Apoptosis:
         self._looked = event
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
-        self._fraction = max(0.1, 1 - event.flops_after / event.flops_before)  # expected of the next one
+        self._fraction = event.foreseen  # by the next look, twice as much will be redundant, or the price as high
         self._event_seconds = min(event.seconds, self._event_seconds or math.inf)  # the machine may be busy
         if self._compiled and event.changes and not event.rolled_back:
             self._graphs = compilation.graphs()

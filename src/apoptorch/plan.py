@@ -327,6 +327,7 @@ class Event:
         rolled_back: True if the guard undid the event.
         reason: why it was rolled back, or why nothing was removed.
         step_seconds: wall time of a training step just before the event (the least of several), where it was timed.
+        foreseen: the share of the FLOPs left that twice the price would have taken as well.
     """
 
     step: int
@@ -347,6 +348,7 @@ class Event:
     reason: str | None = None
     notes: dict[str, str] = field(default_factory=dict)
     step_seconds: float | None = None
+    foreseen: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types; floats that are not finite become None."""

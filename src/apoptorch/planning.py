@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float64, Int64
@@ -32,8 +33,9 @@ from .surgery import named_tensors
 def plan(
     network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy,
     budget: float, price: float,
-) -> tuple[list[FoldPlan], dict[str, float]]:  # fmt: skip
-    """Fold plans that spend where it saves most; and each group's unexplained share of output energy.
+) -> tuple[list[FoldPlan], dict[str, float], float]:  # fmt: skip
+    """Fold plans that spend where it saves most; each group's unexplained share of output energy; and which share of
+    the FLOPs that they leave twice the price and budget would take.
 
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
     less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
@@ -68,12 +70,15 @@ def plan(
     curves = {g.name: _curve(g, moments[g.name], searches[g.name][0], floors[g.name]) for g in groups}
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
     least_worth = 1 / price if price > 0 else math.inf
-    widths = spend(asked, costs, budget=budget, multiple=steps, floor=floors, least_worth=least_worth)
+    spending = partial(spend, asked, costs, multiple=steps, floor=floors)
+    widths = spending(budget=budget, least_worth=least_worth)
+    doubled = spending(budget=2 * budget, least_worth=least_worth / 2)
     narrowed = {g.name: widths[g.name] ** 3 for g in groups if widths[g.name] < g.width}
     refits = ranks.shared(narrowed, refit, "folding", device)
     plans = [refits[name][0] for name in narrowed]
     noise = max((m.noise for m in moments.values()), default=0.0)
-    return _without_noise(plans, noise), {name: refits[name][1] for name in narrowed}
+    foreseen = 1 - flops(network.costs, now | doubled) / flops(network.costs, now | widths)
+    return _without_noise(plans, noise), {name: refits[name][1] for name in narrowed}, foreseen
 
 
 def _search(group: ChannelGroup, m: Moments, *, stop: float, floor: int, multiple: int) -> Selection:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import Batch
 from .calibrate import calibrating, weight_of
@@ -46,6 +47,13 @@ def training_seconds(forward_flops: float, parameters: int, device: torch.device
     """
     arithmetic, memory = speeds(device)
     return 3 * forward_flops / arithmetic + 40 * parameters / memory
+
+
+def forward_flops(model: nn.Module, batch: Batch) -> float:
+    """FLOPs of a forward pass, counted op by op."""
+    with calibrating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*batch.args, **batch.kwargs)
+    return float(counter.get_total_flops())
 
 
 class _Stopwatch(TorchFunctionMode):
