@@ -62,7 +62,7 @@ def alexnet(
 ) -> nn.Sequential:
     """Krizhevsky 2014 (one column); with the defaults, on 224x224, the full-size network: 61 million parameters."""
     w = [width * share // 64 for share in (64, 192, 384, 256, 256)]
-    return nn.Sequential(
+    return _he_initialised(
         nn.Conv2d(channels, w[0], 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(w[0], w[1], 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
         nn.Conv2d(w[1], w[2], 3, padding=1), nn.ReLU(),
@@ -105,7 +105,8 @@ def googlenet(channels: int = 3, share: float = 1.0, classes: int = 1000) -> nn.
         parts = w(one), (w(three[0]), w(three[1])), (w(five[0]), w(five[1])), w(pool)
         layers.append(Inception(fan_in, *parts))
         fan_in = parts[0] + parts[1][1] + parts[2][1] + parts[3]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.4), nn.Linear(fan_in, classes))
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.4), nn.Linear(fan_in, classes)
+    return _he_initialised(*layers, *head)
 
 
 _POOL = (0, (0, 0), (0, 0), 0)
@@ -119,6 +120,16 @@ _GOOGLENET = [  # the paper's table 1
 
 def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(fan_in, fan_out, size, stride, size // 2), nn.ReLU())
+
+
+def _he_initialised(*layers: nn.Module) -> nn.Sequential:
+    """As He et al. 2015: with torch's default, signals die out in deep networks without normalisation."""
+    model = nn.Sequential(*layers)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
+    return model
 
 
 class Block(nn.Module):
