@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ from datasets import Split
 from torch import nn
 
 from benchmarks import suite
-from benchmarks.contenders import CONTENDERS, REFERENCE, SEARCH
+from benchmarks.contenders import CONTENDERS, REFERENCE, SAME_TIME, SEARCH
 from benchmarks.contenders.channels import final_widths
 from benchmarks.core import MEASURED, ROOT, THREADS, append, conditions, records
 from benchmarks.search import search
@@ -53,13 +54,18 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def measure(name: str, task: Task, data: Split, seed: int, reference: dict[str, Any] | None) -> dict[str, Any]:
-    """One run of one contender; `reference`: the seed's run with apoptosis, None while that is to be measured.
+    """One run of one contender; `reference`: the seed's run with apoptosis, None while that is to be measured, with the
+    dense run's seconds as `dense_s`.
 
     Adds `inference_s`, seconds for 1,000 test examples, and `peak_memory_mb`, the process's largest resident set
     during the run (its data included).
     """
     warm_up(task, data)
     reset_peak_memory()
+    if name == SAME_TIME and reference is not None:
+        task = replace(
+            task, epochs=max(task.epochs, int(0.95 * task.epochs * reference["dense_s"] / reference["wall_s"]))
+        )
     if name == SEARCH and reference is not None:
         summary, model = search(task, data, final_widths(reference), reference["wall_s"], seed, EVALUATIONS)
     else:
@@ -139,7 +145,7 @@ def main() -> None:
     results, about = QUICK_RESULTS if args.quick else RESULTS, conditions([*MEASURED, *ALSO_MEASURED])
     done = {key(run): run for run in records(results)}
     deadline = time.monotonic() + 3600 * args.hours
-    references: dict[tuple[str, int], dict[str, Any]] = {}
+    references, dense_s = dict[tuple[str, int], dict[str, Any]](), dict[tuple[str, int], float]()
     for seed, name, contender in plan(args.tasks, args.contenders, args.seeds):
         chosen = settings(name, args.quick)
         run = {"task": name, "contender": contender, "seed": seed, "recipe": chosen, **about}
@@ -154,8 +160,10 @@ def main() -> None:
             done[key(run)] = run
             shown = [f"{k} {run[k]:.5g}" for k in ("wall_s", "metric", "parameters") if k in run]
             print(f"{name}, {contender}, seed {seed}: {run.get('error') or ', '.join(shown)}", flush=True)
+        if contender == "dense":
+            dense_s[name, seed] = done[key(run)].get("wall_s", 0.0)
         if contender == REFERENCE and "error" not in done[key(run)]:
-            references[name, seed] = done[key(run)]
+            references[name, seed] = done[key(run)] | {"dense_s": dense_s.get((name, seed), 0.0)}
 
 
 if __name__ == "__main__":

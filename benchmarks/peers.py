@@ -4,13 +4,13 @@ python -m benchmarks.peers --quick: the same page of the quick run, as runs/benc
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks import suite
-from benchmarks.contenders import CONTENDERS, REFERENCE
+from benchmarks.contenders import CONTENDERS, PEERS, REFERENCE, SAME_TIME
 from benchmarks.core import ROOT, records
 from benchmarks.full import QUICK_RESULTS, RESULTS
 from benchmarks.paired import Difference, geometric_mean, paired
@@ -37,12 +37,13 @@ CLAIMS = [  # Siegel, Daily, Vishnu 2016, as it states them
 
 
 def by_task(runs: Sequence[Run]) -> dict[str, dict[str, dict[int, Run]]]:
-    """task -> contender -> seed -> run; of repeated runs the last, and of each task those of its latest recipe."""
-    latest = {run["task"]: run["recipe"] for run in runs}
+    """task -> contender -> seed -> run; of repeated runs the last, and of each task those of its latest recipe, on the
+    machine that measured it last."""
+    latest = {run["task"]: (run["recipe"], run["machine"]) for run in runs}
     found: dict[str, dict[str, dict[int, Run]]] = {}
     for name in suite.BENCHMARKS:
         for run in runs:
-            if run["task"] == name and run["recipe"] == latest[name] and "error" not in run:
+            if run["task"] == name and (run["recipe"], run["machine"]) == latest[name] and "error" not in run:
                 found.setdefault(name, {}).setdefault(run["contender"], {})[run["seed"]] = run
     return {name: task for name, task in found.items() if "dense" in task}
 
@@ -115,6 +116,63 @@ def claims(tasks: Mapping[str, Task]) -> list[str]:
     return ["| | the paper | apoptorch, policy normal |", "|---|---|---|", *lines, ""]
 
 
+def targets(tasks: Mapping[str, Task]) -> list[str]:
+    """What policy normal was to reach, and whether it does."""
+    measured = {name: task for name, task in tasks.items() if pairs(task, REFERENCE)}
+    if not measured:
+        return []
+    margins = {name: suite.BENCHMARKS[name].kind.margin for name in measured}
+    shown = [difference(task, REFERENCE).non_inferior(margins[name]) for name, task in measured.items()]
+    within = sum(difference(task, REFERENCE).mean >= -margins[name] for name, task in measured.items())
+    times, sizes = ([ratio(task, REFERENCE, cost) for task in measured.values()] for cost in ("wall_s", "parameters"))
+    sooner = [
+        median(time_to_dense(d, run) for d, run in pairs(task, REFERENCE))
+        / median(time_to_dense(d, d) for d, _ in pairs(task, REFERENCE))
+        for task in measured.values()
+    ]
+    known = [task for task in measured.values() if pairs(task, "hindsight")]
+    longer = [ratio(task, "hindsight", "wall_s") / ratio(task, REFERENCE, "wall_s") for task in known]
+    contested = [task for task in measured.values() if any(name in task for name in PEERS)]
+    won = sum(not any(_beaten(task, peer) for peer in PEERS if pairs(task, peer)) for task in contested)
+    rows = [
+        ("metric within the margin of dense", "all tasks", f"{within} of {len(shown)} in the mean; shown at 95 %: "
+         f"{shown.count(True)}, one seed: {shown.count(None)}", within == len(shown)),
+        ("wall time, dense / apoptosis, geometric mean", ">= 3x", f"{geometric_mean(times):.2f}x",
+         geometric_mean(times) >= 3),
+        ("the same, smallest", ">= 1x", f"{min(times):.2f}x", min(times) >= 1),
+        ("parameters, dense / apoptosis, geometric mean", ">= 10x", f"{geometric_mean(sizes):.1f}x",
+         geometric_mean(sizes) >= 10),
+        ("the same, largest", ">= 50x", f"{max(sizes):.1f}x", max(sizes) >= 50),
+        ("time to dense's final metric, apoptosis / dense", "<= 1x on all tasks",
+         f"on {sum(share <= 1 for share in sooner)} of {len(sooner)}", max(sooner) <= 1),
+        ("wall time, apoptosis / hindsight, median", "<= 1.5x",
+         f"{median(longer):.2f}x" if longer else "not measured", bool(longer) and median(longer) <= 1.5),
+        ("no peer has as good a metric with as few parameters in as little time", "3 of 4 tasks",
+         f"{won} of {len(contested)} tasks with peers", bool(contested) and 4 * won >= 3 * len(contested)),
+        *_higgs_targets([task for name, task in measured.items() if name.startswith("higgs")]),
+    ]  # fmt: skip
+    lines = [f"| {what} | {target} | {found} | {'pass' if met else '**miss**'} |" for what, target, found, met in rows]
+    return ["| what | target | found | |", "|---|---|---|---|", *lines, ""]
+
+
+def _higgs_targets(tasks: Sequence[Task]) -> Iterator[tuple[str, str, str, bool]]:
+    if not tasks:
+        return
+    best = max(median(dense["metric"] for dense, _ in pairs(task, REFERENCE)) for task in tasks)
+    small = [task for task in tasks if ratio(task, REFERENCE, "parameters") >= 3]
+    for what, name in (("3x fewer parameters", REFERENCE), ("the dense run's time", SAME_TIME)):
+        reached = [median(run["metric"] for _, run in pairs(task, name)) for task in small if pairs(task, name)]
+        gap = max(reached, default=float("nan")) - best
+        shown = f"{gap:+.4f}" if reached else "not measured"
+        yield f"higgs AUC with {what}, less the best dense one", ">= 0", shown, gap >= 0
+
+
+def _beaten(task: Task, peer: str) -> bool:
+    """Is the peer as good with as few parameters in as little time, to 2 %?"""
+    (metric, size, seconds), ours = _middle(task, peer), _middle(task, REFERENCE)
+    return metric >= ours[0] and size >= 1.02 * ours[1] and seconds >= 1.02 * ours[2]
+
+
 def losses(name: str, task: Task) -> list[str]:
     """Where apoptosis, policy normal, loses: to dense, and to any peer that is better, smaller and faster at once."""
     found = []
@@ -153,6 +211,7 @@ def page(runs: Sequence[Run], figures: Path, source: str) -> str:
     """The whole part; pictures are drawn into `figures`, beside the page."""
     tasks = by_task(runs)
     parts = [INTRO.format(source=source), "## The paper's claims beside ours\n", *claims(tasks)]
+    parts += ["## Targets\n", *found, ""] if (found := targets(tasks)) else []
     parts += [f"- {name}: {entry.about}." for name, entry in CONTENDERS.items()] + [""]
     for name, task in tasks.items():
         benchmark, recipe = suite.BENCHMARKS[name], next(iter(task["dense"].values()))["recipe"]

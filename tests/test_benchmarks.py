@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
 from benchmarks import full, models, peers, suite, tune
-from benchmarks.contenders import CONTENDERS, REFERENCE, SEARCH
+from benchmarks.contenders import CONTENDERS, REFERENCE, SAME_TIME, SEARCH
 from benchmarks.paired import geometric_mean, paired
 from benchmarks.pareto import front
 from benchmarks.search import random_widths, search
@@ -128,20 +128,21 @@ def test_a_benchmark_goes_on_where_it_stopped_and_measures_again_after_a_change(
 
     def runs(*more):
         full.loaded.cache_clear()
-        monkeypatch.setattr("sys.argv", [*arguments, SEARCH, *more])
+        monkeypatch.setattr("sys.argv", [*arguments, SEARCH, SAME_TIME, *more])
         full.main()
         return [json.loads(line) for line in full.RESULTS.read_text().splitlines()] if full.RESULTS.exists() else []
 
     assert runs("--hours", "1e-9") == []
     first = runs()
-    assert [run["contender"] for run in first] == ["dense", REFERENCE, "hindsight", SEARCH]
+    assert [run["contender"] for run in first] == ["dense", REFERENCE, SAME_TIME, "hindsight", SEARCH]
+    assert first[2]["train_flops"] >= first[1]["train_flops"]
     for run in first:
         assert run["peak_memory_mb"] > 50
         assert 0 < run["inference_s"] < 5
         assert run["examples"] == 200
     assert runs() == first
     state["commit"] = "def"
-    assert len(runs()) == 8
+    assert len(runs()) == 10
 
 
 def test_a_contender_that_fails_is_recorded_and_does_not_end_the_benchmark(task, data, tmp_path):
@@ -219,6 +220,28 @@ def test_page_sets_ours_beside_the_paper_s_claims_and_names_what_is_lost(tmp_pat
     assert "dense's final metric is never reached; the dense run has it after 100.0 s" in lost
     assert "hindsight is as good or better in all three" in lost
     assert "slower" not in lost
+
+
+def test_targets_are_judged_by_medians_over_tasks_and_by_peers_that_are_as_good_at_once(tmp_path):
+    runs = [record("dense", task="higgs-relu", metric=0.84, curve=[[100.0, 0.84]])]
+    runs += [record(REFERENCE, task="higgs-relu", metric=0.8395, wall_s=25.0, parameters=10, curve=[[25.0, 0.8395]])]
+    runs += [record(SAME_TIME, task="higgs-relu", metric=0.85, wall_s=90.0, parameters=10)]
+    runs += [record("merging", task="higgs-relu", metric=0.8395, wall_s=30.0, parameters=10)]
+    runs += [record("dense"), record(REFERENCE, metric=0.95, wall_s=50.0, parameters=100, curve=[[40.0, 0.9]])]
+    runs += [record("hindsight", wall_s=25.0), record("merging", metric=0.95, wall_s=50.0, parameters=100)]
+    page = peers.page(runs, tmp_path, "x")
+    for row in (
+        "| metric within the margin of dense | all tasks | 2 of 2 in the mean; shown at 95 %: 0, one seed: 2 | pass |",
+        "| wall time, dense / apoptosis, geometric mean | >= 3x | 2.83x | **miss** |",
+        "| the same, smallest | >= 1x | 2.00x | pass |",
+        "| parameters, dense / apoptosis, geometric mean | >= 10x | 31.6x | pass |",
+        "| time to dense's final metric, apoptosis / dense | <= 1x on all tasks | on 1 of 2 | **miss** |",
+        "| wall time, apoptosis / hindsight, median | <= 1.5x | 2.00x | **miss** |",
+        "in as little time | 3 of 4 tasks | 1 of 2 tasks with peers | **miss** |",
+        "| higgs AUC with 3x fewer parameters, less the best dense one | >= 0 | -0.0005 | **miss** |",
+        "| higgs AUC with the dense run's time, less the best dense one | >= 0 | +0.0100 | pass |",
+    ):
+        assert row in page
 
 
 def test_page_without_results_says_so_and_a_win_is_no_loss(tmp_path):

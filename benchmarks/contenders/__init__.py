@@ -15,6 +15,7 @@ from .weights_only import WeightsOnly
 
 REFERENCE = "apoptosis"  # policy "normal": what the peers are given the size, the steps or the time of
 SEARCH = "random-width"
+SAME_TIME = "apoptosis-same-time"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ CONTENDERS = {
     REFERENCE: Entry("apoptorch, policy normal", lambda _: Apoptosis()),
     "apoptosis-conservative": Entry("apoptorch, policy conservative", lambda _: Apoptosis("conservative")),
     "apoptosis-aggressive": Entry("apoptorch, policy aggressive", lambda _: Apoptosis("aggressive")),
+    SAME_TIME: Entry(
+        "policy normal, given as many epochs as should end in the dense run's time", lambda _: Apoptosis(), follows=True
+    ),
     "weights-only": Entry(
         "the paper's kind of apoptosis: closed forms of the weights, no data", lambda _: WeightsOnly()
     ),
@@ -60,3 +64,6 @@ CONTENDERS = {
     "group-lasso-strong": Entry("the same, penalty ratio 0.75", lambda _: GroupLasso(0.75)),
     "dead-neurons": Entry("dead-neuron pruning after DemP (Dufort-Labbe et al. 2024)", lambda _: DeadNeurons()),
 }
+
+OURS = ("dense", REFERENCE, "apoptosis-conservative", "apoptosis-aggressive", SAME_TIME, "hindsight")
+PEERS = tuple(name for name in CONTENDERS if name not in OURS)
