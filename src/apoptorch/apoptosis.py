@@ -72,7 +72,7 @@ class Apoptosis:
         with ranks.outlined((args, kwargs)) as call:
             problems += checks.call_problems(model, *call)
         problems += checks.data_problems(tree_leaves((args, kwargs)), "example_inputs")
-        problems += [*_setting_problems(loss_fn, total_steps, policy), *wrapper_problems(ranks, policy)]
+        problems += [*checks.setting_problems(loss_fn, total_steps, policy), *wrapper_problems(ranks, policy)]
         facts = {} if ranks.alone else _facts(model, optimizers, total_steps, policy)
         checks.checked([*ranks.problems(problems), *ranks.differences(facts)])
         self.policy = POLICIES[policy] if isinstance(policy, str) else policy
@@ -163,7 +163,7 @@ class Apoptosis:
         """
         checks.checked(checks.moment_problems(self._thread))
         batch = Batch(inputs, kwinputs, targets)
-        problems = [*checks.data_problems(tree_leaves((inputs, kwinputs))), *_budget_problems(budget)]
+        problems = [*checks.data_problems(tree_leaves((inputs, kwinputs))), *checks.budget_problems(budget)]
         checks.checked(self._network.ranks.problems(problems))
         checks.checked(self._batch_problems(batch) if self._network.ranks.alone else ())
         self._trace_()
@@ -366,7 +366,7 @@ class Apoptosis:
         self._looked = event
         self.history += [event] if event.changes else []
         self._scale *= 0.3 if event.rolled_back else 1.0
-        self._fraction = event.foreseen  # by the next look, twice as much will be redundant, or the price as high
+        self._fraction = max(0.01, event.foreseen)  # the price will be higher, and more may have become redundant
         self._event_seconds = min(event.seconds, self._event_seconds or math.inf)  # the machine may be busy
         if self._compiled and event.changes and not event.rolled_back:
             self._graphs = compilation.graphs()
@@ -421,17 +421,3 @@ def _several(optimizer: Any) -> tuple[Any, ...]:
     if optimizer is None:
         return ()
     return tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-
-
-def _budget_problems(budget: float | None) -> Iterable[str]:
-    if budget is not None and not (isinstance(budget, int | float) and budget >= 0 and math.isfinite(budget)):
-        yield f"`budget` must be a finite number >= 0, got {budget!r}. Give the loss increase that is allowed."
-
-
-def _setting_problems(loss_fn: Any, total_steps: Any, policy: Any) -> Iterable[str]:
-    if loss_fn is not None and not callable(loss_fn):
-        yield f"`loss_fn` must be callable as loss_fn(output, targets), got {type(loss_fn).__name__}. Pass a function."
-    if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
-        yield f"`total_steps` must be a positive integer, got {total_steps!r}. Count the optimizer steps of the run."
-    if not isinstance(policy, Policy) and not (isinstance(policy, str) and policy in POLICIES):
-        yield f"`policy` must be one of {', '.join(map(repr, POLICIES))} or a Policy, got {policy!r}. Choose one."

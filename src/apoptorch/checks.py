@@ -1,5 +1,6 @@
 """What is checked at the door. Every check yields its problems; all of them are reported together."""
 
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from .calibrate import calibrating
 from .distributed import ALONE, Ranks
 from .errors import ArgumentError, SurgeryError
 from .graph import preserved
+from .policy import POLICIES, Policy
 from .sharding import is_sharded
 from .surgery import Surgery
 
@@ -213,3 +215,17 @@ def data_problems(leaves: Iterable[Any], name: str = "inputs") -> Iterator[str]:
         elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             yield f"`{name}` must be finite, got {bad} NaN or infinite values {where}. Leave such batches out."
+
+
+def budget_problems(budget: float | None) -> Iterable[str]:
+    if budget is not None and not (isinstance(budget, int | float) and budget >= 0 and math.isfinite(budget)):
+        yield f"`budget` must be a finite number >= 0, got {budget!r}. Give the loss increase that is allowed."
+
+
+def setting_problems(loss_fn: Any, total_steps: Any, policy: Any) -> Iterable[str]:
+    if loss_fn is not None and not callable(loss_fn):
+        yield f"`loss_fn` must be callable as loss_fn(output, targets), got {type(loss_fn).__name__}. Pass a function."
+    if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
+        yield f"`total_steps` must be a positive integer, got {total_steps!r}. Count the optimizer steps of the run."
+    if not isinstance(policy, Policy) and not (isinstance(policy, str) and policy in POLICIES):
+        yield f"`policy` must be one of {', '.join(map(repr, POLICIES))} or a Policy, got {policy!r}. Choose one."
