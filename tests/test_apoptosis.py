@@ -523,10 +523,8 @@ def test_a_network_without_anything_to_gain_is_left_alone_until_its_groups_are_a
 def test_small_examples_of_large_batches_do_not_make_a_network_small():
     wakes = []
     for size in (1, 8192):
-        model, x = (
-            nn.Sequential(nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3)),
-            normal(8192, 10),
-        )
+        model = nn.Sequential(nn.Linear(10, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+        x = normal(8192, 10)
         apoptosis = Apoptosis(model, example_inputs=x[:size], total_steps=1000)
         apoptosis.step(x)
         wakes.append(apoptosis._wake)

@@ -124,6 +124,7 @@ class Apoptosis:
             ArgumentError: called between forward and backward or from a second thread; or, at the first step and while
                 data is being gathered, within autocast or inference mode, or with data that is NaN, infinite, empty, or
                 that the model or the loss doesn't take. It is as if it had not been called.
+        ExportError: at the first step, if only its batch shows that there is something to gain: as for the class.
         """
         step = self._step + 1
         if step < self._wake and self._stepped and self._thread == get_ident():
@@ -146,7 +147,7 @@ class Apoptosis:
             self._first_loss = pooled(own, ranks).loss
             if (size := max(1, int(ranks.total([batch.size])[0]))) != self._batch_size:  # than the example's
                 self._batch_size = size
-                if self._example is not None and self._work() > _OVERHEAD:
+                if self._work() > _OVERHEAD:
                     self._trace_()
                 self._event_step = self._first_event()
                 self._wake = self._next_wake()
@@ -185,13 +186,13 @@ class Apoptosis:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: plain data, but for the tensors of a calibration set half gathered."""
+        self._trace_()
         return {
             "step": self._step, "event_step": self._event_step, "wake": self._wake, "scale": self._scale,
             "batch_size": self._batch_size, "total_steps": self.total_steps,
             "first_loss": None if math.isnan(self._first_loss) else self._first_loss,
             "fraction": self._fraction, "event_seconds": self._event_seconds,
-            "widths": {group.name: group.width for group in self.groups},
-            "full_widths": {group.name: group.full_width for group in self.groups},
+            "widths": self._network.widths, "full_widths": {g.name: g.full_width for g in self.groups},
             "experts": {group.name: group.experts for group in self.groups if group.experts > 1},
             "history": [event.to_json() for event in self.history],
             "shapes": self._shapes(),
@@ -244,7 +245,7 @@ class Apoptosis:
     # -- tracing ---------------------------------------------------------------------------------------------
     def _is_small(self, example: Batch) -> bool:
         """Is a step mostly overhead, whatever the widths? The network then has a single cost, which none changes."""
-        network = self._network
+        network = self._network  # without costs yet: only its parameters are work
         if self.policy.payback == 0 or self._compiled or not network.ranks.alone or self._work() > _OVERHEAD:
             return False
         network.costs = [CostTerm(forward_flops(network.model, example), None, None)]

@@ -222,9 +222,13 @@ def budget_problems(budget: float | None) -> Iterable[str]:
         yield f"`budget` must be a finite number >= 0, got {budget!r}. Give the loss increase that is allowed."
 
 
-def setting_problems(loss_fn: Any, total_steps: Any, policy: Any) -> Iterable[str]:
+def loss_problems(loss_fn: Any) -> Iterable[str]:
     if loss_fn is not None and not callable(loss_fn):
         yield f"`loss_fn` must be callable as loss_fn(output, targets), got {type(loss_fn).__name__}. Pass a function."
+
+
+def setting_problems(loss_fn: Any, total_steps: Any, policy: Any) -> Iterable[str]:
+    yield from loss_problems(loss_fn)
     if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
         yield f"`total_steps` must be a positive integer, got {total_steps!r}. Count the optimizer steps of the run."
     if not isinstance(policy, Policy) and not (isinstance(policy, str) and policy in POLICIES):

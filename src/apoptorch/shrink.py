@@ -196,8 +196,7 @@ def _setting_problems(
     for name, value in numbers:
         if value is not None and not (isinstance(value, int | float) and value >= 0 and math.isfinite(value)):
             yield f"`{name}` must be a finite number >= 0, got {value!r}. See help(apoptorch.shrink)."
-    if loss_fn is not None and not callable(loss_fn):
-        yield f"`loss_fn` must be callable as loss_fn(output, targets), got {type(loss_fn).__name__}. Pass a function."
+    yield from checks.loss_problems(loss_fn)
     settings = {"budget": budget, "loss_fn": loss_fn} if closed else {"bound": bound, "input_norm": input_norm}
     for name, value in settings.items():
         if value is not None:
