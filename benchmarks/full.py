@@ -55,7 +55,7 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def measure(name: str, task: Task, data: Split, seed: int, reference: dict[str, Any] | None) -> dict[str, Any]:
     """One run of one contender; `reference`: the seed's run with apoptosis, None while that is to be measured, with the
-    dense run's seconds as `dense_s`.
+    dense one as `dense`.
 
     Adds `inference_s`, seconds for 1,000 test examples, and `peak_memory_mb`, the process's largest resident set
     during the run (its data included).
@@ -63,9 +63,8 @@ def measure(name: str, task: Task, data: Split, seed: int, reference: dict[str, 
     warm_up(task, data)
     reset_peak_memory()
     if name == SAME_TIME and reference is not None:
-        task = replace(
-            task, epochs=max(task.epochs, int(0.95 * task.epochs * reference["dense_s"] / reference["wall_s"]))
-        )
+        longer = reference["dense"]["wall_s"] / reference["wall_s"]
+        task = replace(task, epochs=max(task.epochs, int(0.95 * task.epochs * longer)))
     if name == SEARCH and reference is not None:
         summary, model = search(task, data, final_widths(reference), reference["wall_s"], seed, EVALUATIONS)
     else:
@@ -136,6 +135,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"with --quick, --tasks must be among {', '.join(QUICK)}")
     if REFERENCE not in args.contenders:
         parser.error(f"--contenders must include {REFERENCE}: the peers get its size, its steps or its time")
+    if SAME_TIME in args.contenders and "dense" not in args.contenders:
+        parser.error(f"--contenders must include dense: {SAME_TIME} gets its time")
     return args
 
 
@@ -145,7 +146,7 @@ def main() -> None:
     results, about = QUICK_RESULTS if args.quick else RESULTS, conditions([*MEASURED, *ALSO_MEASURED])
     done = {key(run): run for run in records(results)}
     deadline = time.monotonic() + 3600 * args.hours
-    references, dense_s = dict[tuple[str, int], dict[str, Any]](), dict[tuple[str, int], float]()
+    references: dict[tuple[str, int], dict[str, Any]] = {}
     for seed, name, contender in plan(args.tasks, args.contenders, args.seeds):
         chosen = settings(name, args.quick)
         run = {"task": name, "contender": contender, "seed": seed, "recipe": chosen, **about}
@@ -160,10 +161,8 @@ def main() -> None:
             done[key(run)] = run
             shown = [f"{k} {run[k]:.5g}" for k in ("wall_s", "metric", "parameters") if k in run]
             print(f"{name}, {contender}, seed {seed}: {run.get('error') or ', '.join(shown)}", flush=True)
-        if contender == "dense":
-            dense_s[name, seed] = done[key(run)].get("wall_s", 0.0)
         if contender == REFERENCE and "error" not in done[key(run)]:
-            references[name, seed] = done[key(run)] | {"dense_s": dense_s.get((name, seed), 0.0)}
+            references[name, seed] = done[key(run)] | {"dense": done.get(key(run | {"contender": "dense"}), {})}
 
 
 if __name__ == "__main__":

@@ -125,10 +125,11 @@ def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Sequentia
 def _he_initialised(*layers: nn.Module) -> nn.Sequential:
     """As He et al. 2015: with torch's default, signals die out in deep networks without normalisation."""
     model = nn.Sequential(*layers)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.zeros_(parameter)
     return model
 
 

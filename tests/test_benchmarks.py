@@ -145,6 +145,13 @@ def test_a_benchmark_goes_on_where_it_stopped_and_measures_again_after_a_change(
     assert len(runs()) == 10
 
 
+def test_the_dense_run_is_needed_for_its_time(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["full", "--contenders", REFERENCE, SAME_TIME])
+    with pytest.raises(SystemExit):
+        full.arguments()
+    assert "--contenders must include dense" in capsys.readouterr().err
+
+
 def test_a_contender_that_fails_is_recorded_and_does_not_end_the_benchmark(task, data, tmp_path):
     broken = dataclasses.replace(task, batch=0)
     error = full.attempt("dense", broken, data, 0, None)["error"]
