@@ -327,15 +327,15 @@ nothing in the others, and costs them a look.)
 SIGNALS = """
 ## What a first look could tell
 
-The character transformer of the full benchmark loses most by what its first look takes: on its plateau at what pairs of
-characters tell, all hidden units say the same. Numbers that a first look has: the cost that it would leave, half as
-many steps into the run and now (need); the energy that the fold leaves unexplained; the effective ranks,
-tr(M)^2 / tr(M^2), of the second moment of the loss's gradient (G) and of the covariance (C) at the consumer. Groups
-that shrink, smallest to largest; networks of the core and the full benchmark, seed 0. Need and energy don't tell the tasks
-that lose from those that don't. Kept width over both ranks, the directions in which training moves the consumer's
-weights, is smaller in the transformer and in LeNet-300-100, which lose most, than wherever else linear layers read; but
-LeNet-5 loses a little at a large one, and convolutions lose nothing at small ones. A floor of several times both ranks
-where linear layers read was not tried yet.
+The character transformer of the full benchmark loses most by what its first look takes: on its plateau at what pairs
+of characters tell, all hidden units say the same. Numbers that a first look has: the cost that it would leave, half as
+many steps into the run and now (need); the energy that the fold leaves unexplained; the effective ranks, tr(M)^2 /
+tr(M^2), of the second moment of the loss's gradient (G) and of the covariance (C) at the consumer. Groups that shrink,
+smallest to largest; networks of the core and the full benchmark, seed 0. Need and energy don't tell the tasks that
+lose from those that don't. Kept width over both ranks, the directions in which training moves the consumer's weights,
+is smaller in the transformer and in LeNet-300-100, which lose most, than wherever else linear layers read; but LeNet-5
+loses a little at a large one, and convolutions lose nothing at small ones. A floor of several times both ranks where
+linear layers read was not tried yet.
 
 | task | step | need, half as far | need | kept | unexplained | rank of G | rank of C | kept / both ranks |
 |---|---|---|---|---|---|---|---|---|
