@@ -737,6 +737,21 @@ def test_an_event_foresees_what_twice_the_price_would_take():
         assert foreseen > 0.03
 
 
+def test_more_is_foreseen_where_only_the_steepest_step_of_a_look_was_in_the_way():
+    torch.manual_seed(0)
+    model, x = Deep(3), data(1024, 16)
+    network = Network(model, (), (), *trace(model, (x,), {}))
+    groups = network.prunable(1)
+    moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
+    found = {}
+    for policy in (Policy(multiple=1, floor=1, steepest=2.0), Policy(multiple=1, floor=24, steepest=2.0)):
+        plans, _, foreseen = planning.plan(network, groups, moments, policy, 1e6, 1e6)
+        assert {len(item.keep) for item in plans} == {24}
+        found[policy.floor] = foreseen
+    assert found[1] > 0.4
+    assert found[24] == 0.0
+
+
 def test_certificate_counts_changed_predictions():
     evaluations = [
         removal.Evaluation(4, loss, torch.full((4,), loss), torch.tensor(classes), ())

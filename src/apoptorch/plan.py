@@ -327,7 +327,8 @@ class Event:
         rolled_back: True if the guard undid the event.
         reason: why it was rolled back, or why nothing was removed.
         step_seconds: wall time of a training step just before the event (the least of several), where it was timed.
-        foreseen: the share of the FLOPs left that twice the price would have taken as well.
+        foreseen: the share of the FLOPs left that twice the price would have taken as well (half of each group that was
+            narrowed as far as one look goes).
     """
 
     step: int

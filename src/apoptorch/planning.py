@@ -35,7 +35,7 @@ def plan(
     budget: float, price: float,
 ) -> tuple[list[FoldPlan], dict[str, float], float]:  # fmt: skip
     """Fold plans that spend where it saves most; each group's unexplained share of output energy; and which share of
-    the FLOPs that they leave twice the price and budget would take.
+    the FLOPs that they leave twice the price and budget would take, half of each group that only `steepest` stopped.
 
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
     less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
@@ -77,6 +77,9 @@ def plan(
     refits = ranks.shared(narrowed, refit, "folding", device)
     plans = [refits[name][0] for name in narrowed]
     noise = max((m.noise for m in moments.values()), default=0.0)
+    stopped = [g.name for g in groups if floors[g.name] > g.least(policy.floor)]  # by how far one look goes
+    stopped = [name for name in stopped if widths[name] - steps[name] < floors[name]]
+    doubled |= {name: widths[name] // 2 for name in stopped}
     foreseen = 1 - flops(network.costs, now | doubled) / flops(network.costs, now | widths)
     return _without_noise(plans, noise), {name: refits[name][1] for name in narrowed}, foreseen
 
