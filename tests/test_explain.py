@@ -63,6 +63,7 @@ def test_a_group_that_shrank_in_a_run_that_is_not_on_record_says_so_much():
         ([event(40, 8, "the loss rose by 3")], BEFORE, ("step 40", "undone", "the loss rose by 3", "conservative")),
         ([], replace(BEFORE, floor=64), ("no group gets narrower than 64", "Policy(floor")),
         ([], replace(BEFORE, looked=event(40, 64)), ("nothing was redundant at this price", "aggressive")),
+        ([], replace(BEFORE, looked=replace(event(40, 64), notes={"free": "it has 9 directions"})), ("9 directions",)),
         ([], BEFORE, ("next look at step 30",)),
         ([], replace(BEFORE, unpaid=True), ("would not pay for itself", "next look at step 30", "Policy(payback=0)")),
         ([], replace(BEFORE, next_look=None), ("no look is left", "apoptorch.shrink after training")),

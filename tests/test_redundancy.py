@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from apoptorch.errors import ArgumentError
 from apoptorch.redundancy import (
+    directions,
     first_order,
     first_order_curve,
     fold,
@@ -196,6 +197,29 @@ def test_what_the_loss_does_not_see_is_free():
     assert sorted(selection.order.tolist()) == [0, 1, 2, 3, 4]
     blind = select(*moments(a, False), torch.zeros_like(metric), stop=0.0, floor=2)
     assert len(blind.order) == 2
+
+
+@given(CASES, st.sampled_from([1e-12, 1.0, 1e12]))
+@settings(max_examples=60, deadline=None)
+def test_directions_are_the_effective_rank_of_the_kronecker_product(case, factor):
+    """Statement 22, against the eigenvalues of the whole product."""
+    seed, n, rank, constant = case
+    n = min(n, 10)
+    a, gradient = sample(seed, n, rank)
+    second, mean = moments(a, constant)
+    covariance = second if mean is None else torch.cov(a.T, correction=0)
+    found = directions(second, mean, factor * gradient)
+    values = torch.linalg.eigvalsh(torch.kron(gradient, covariance.reshape(n, n))).clamp(min=0)
+    expected = float(values.sum() ** 2 / values.square().sum()) if values.any() else 0.0
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found <= 1e-6 + n * torch.linalg.matrix_rank(covariance.reshape(n, n), hermitian=True)
+
+
+def test_directions_of_equal_eigenvalues_count_them_and_of_nothing_are_none():
+    eye, none = torch.eye(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    some = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    assert directions(eye, None, some) == pytest.approx(18)
+    assert directions(none, None, eye) == directions(eye, None, none) == 0.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

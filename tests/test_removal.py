@@ -706,7 +706,7 @@ def test_what_is_left_of_a_network_is_searched_as_finely_as_it_is_worth(depth, s
     model, x = Deep(depth), data(1024, 16)
     groups, costs = trace(model, (x,), {})
     groups = [dataclasses.replace(group, full_width=shrunk * group.width) for group in groups]
-    network, policy = Network(model, (), (), groups, costs), Policy(multiple=1, floor=1)
+    network, policy = Network(model, (), (), groups, costs), Policy(room=0, multiple=1, floor=1)
     groups = network.prunable(1)
     moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
     prices, found = [10.0 ** (exponent / 2) for exponent in range(-4, 3)], []
@@ -723,11 +723,11 @@ def test_an_event_foresees_what_twice_the_price_would_take():
     torch.manual_seed(0)
     model, x = Deep(3), data(1024, 16)
     network = Network(model, (), (), *trace(model, (x,), {}))
-    groups, policy = network.prunable(1), Policy(multiple=1, floor=1)
+    groups, policy = network.prunable(1), Policy(room=0, multiple=1, floor=1)
     moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
 
     def left(price, budget):
-        plans, _, foreseen = planning.plan(network, groups, moments, policy, budget, price)
+        plans, _, foreseen, _ = planning.plan(network, groups, moments, policy, budget, price)
         return flops(network.costs, network.widths | {item.group: len(item.keep) for item in plans}), foreseen
 
     for price in (0.03, 0.1, 0.3):
@@ -744,12 +744,69 @@ def test_more_is_foreseen_where_only_the_steepest_step_of_a_look_was_in_the_way(
     groups = network.prunable(1)
     moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
     found = {}
-    for policy in (Policy(multiple=1, floor=1, steepest=2.0), Policy(multiple=1, floor=24, steepest=2.0)):
-        plans, _, foreseen = planning.plan(network, groups, moments, policy, 1e6, 1e6)
+    for policy in (
+        Policy(room=0, multiple=1, floor=1, steepest=2.0),
+        Policy(room=0, multiple=1, floor=24, steepest=2.0),
+    ):
+        plans, _, foreseen, _ = planning.plan(network, groups, moments, policy, 1e6, 1e6)
         assert {len(item.keep) for item in plans} == {24}
         found[policy.floor] = foreseen
     assert found[1] > 0.4
     assert found[24] == 0.0
+
+
+def effective_rank(rows, centred):
+    values = torch.linalg.eigvalsh(torch.cov(rows.T, correction=0) if centred else rows.T @ rows).double()
+    return float(values.sum() ** 2 / values.square().sum())
+
+
+@pytest.mark.parametrize("room", [0.05, 0.2, 100.0])
+def test_a_look_leaves_room_for_the_directions_in_which_readers_learn(room):
+    """Statement 22, from hooks; a removal that is asked for by its budget is not held back."""
+    torch.manual_seed(0)
+    model, x, y = Deep(2), data(1024, 16), data(1024, 16, seed=1)
+    read = []
+    hooks = [block[3].register_forward_pre_hook(lambda _, args: read.append(args[0])) for block in model.blocks]
+    loss = F.mse_loss(model(x), y)
+    gradients = torch.autograd.grad(loss, read)
+    for hook in hooks:
+        hook.remove()
+    pairs = zip(read, gradients, strict=True)
+    found = [effective_rank(a.detach(), centred=True) * effective_rank(u, centred=False) for a, u in pairs]
+    network = Network(model, (), (), *trace(model, (x,), {}))
+    batch = Batch((x,), {}, y)
+    policy = Policy(room=room, multiple=1, floor=1, steepest=1e6, guard=1e9, tolerance=1e9, rebalance=False)
+    event = removal.remove_(network, [batch], [batch], F.mse_loss, policy, price=1e6, first_loss=2 * float(loss))
+    expected = [min(48, math.ceil(room * each)) for each in found]
+    assert [event.widths_after[f"blocks.{i}.1"] for i in range(2)] == pytest.approx(expected, abs=1)
+    if room == 100:
+        assert list(event.notes) == ["blocks.0.1", "blocks.1.1"]
+        assert all("Policy(room=0)" in note for note in event.notes.values())
+    event = removal.remove_(network, [batch], [batch], F.mse_loss, policy, budget=1e6)
+    assert max(event.widths_after[f"blocks.{i}.1"] for i in range(2)) == 1
+
+
+def test_what_costs_nothing_needs_no_room():
+    model, x, expected = mlp()
+    network = Network(model, (), (), *trace(model, (x,), {}))
+    moments = measure(model, network.prunable(1), [Batch((x,), {})], None, 1.0)
+    policy = dataclasses.replace(POLICY, room=1e9)
+    plans, *_ = planning.plan(network, network.prunable(1), moments, policy, 0.1, 1e-3)
+    assert {item.group: len(item.keep) for item in plans} == expected
+
+
+def test_convolutions_have_no_room():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    x, found = data(256, 1, 8, 8), []
+    network = Network(model, (), (), *trace(model, (x,), {}))
+    groups = network.prunable(1)
+    moments = measure(model, groups, [Batch((x,), {})], None, 1.0)
+    for room in (0.0, 1e9):
+        policy = dataclasses.replace(POLICY, room=room, steepest=4.0)
+        plans = planning.plan(network, groups, moments, policy, 1e6, 1e6)
+        found.append(({item.group: len(item.keep) for item in plans.folds}, list(plans.kept)))
+    assert found == [({"0": 4, "2": 1}, []), ({"0": 4}, ["2"])]
 
 
 def test_certificate_counts_changed_predictions():

@@ -20,7 +20,7 @@ from apoptorch.surgery import named_tensors
 from tests.planted import entries, loss, makers, opened, outputs, write_
 
 _PLACE = re.compile(r"/[^ \"]*/(?=site-packages/|benchmarks/)(site-packages/)?")  # where this machine keeps a file
-HALVING = Policy(price=1e30, steepest=2.0, tolerance=1e30, guard=1e30, multiple=1, floor=1, rebalance=False)
+HALVING = Policy(price=1e30, steepest=2.0, room=0, tolerance=1e30, guard=1e30, multiple=1, floor=1, rebalance=False)
 
 
 def traced(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

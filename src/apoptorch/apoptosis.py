@@ -124,7 +124,7 @@ class Apoptosis:
             ArgumentError: called between forward and backward or from a second thread; or, at the first step and while
                 data is being gathered, within autocast or inference mode, or with data that is NaN, infinite, empty, or
                 that the model or the loss doesn't take. It is as if it had not been called.
-        ExportError: at the first step, if only its batch shows that there is something to gain: as for the class.
+            ExportError: at the first step, if only its batch shows that there is something to gain: as for the class.
         """
         step = self._step + 1
         if step < self._wake and self._stepped and self._thread == get_ident():

@@ -55,6 +55,8 @@ def _obstacle(group: ChannelGroup, undone: Sequence[Event], outlook: Outlook) ->
         )
     if outlook.looked is not None and outlook.looked.rolled_back and not outlook.looked.changes:
         return f"the look at step {outlook.looked.step} was {outlook.looked.reason}"
+    if outlook.looked is not None and group.name in outlook.looked.notes:
+        return f"nothing may go, as {outlook.looked.notes[group.name]}"
     if outlook.looked is not None:
         return (
             "nothing was redundant at this price; policy='aggressive' or a longer run pays more, "

@@ -326,6 +326,7 @@ class Event:
         certificate: what was shown on held-out data, or None without data.
         rolled_back: True if the guard undid the event.
         reason: why it was rolled back, or why nothing was removed.
+        notes: further remarks, by what they are about; by a group's name, why none of its channels could go.
         step_seconds: wall time of a training step just before the event (the least of several), where it was timed.
         foreseen: the share of the FLOPs left that twice the price would have taken as well (half of each group that was
             narrowed as far as one look goes).

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float64, Int64
@@ -18,6 +19,7 @@ from .policy import Policy
 from .redundancy import (
     MOST_USED,
     Selection,
+    directions,
     first_order,
     first_order_curve,
     fold_blocks,
@@ -29,24 +31,43 @@ from .redundancy import (
 )  # fmt: skip
 from .surgery import named_tensors
 
+_NOTHING = 1e-6  # of what all channels are worth: the rounding of float32 moments
+
+
+class Plans(NamedTuple):
+    """What one removal takes.
+
+    folds: one for each group that shrinks. unexplained: the share of output energy that it leaves unexplained, by
+    group. foreseen: the share of the FLOPs left that twice the price and budget would take, half of each group that
+    only `steepest` stopped. kept: by group, why only what costs nothing could go.
+    """
+
+    folds: list[FoldPlan]
+    unexplained: dict[str, float]
+    foreseen: float
+    kept: dict[str, str]
+
 
 def plan(
     network: Network, groups: Sequence[ChannelGroup], moments: dict[str, Moments], policy: Policy,
     budget: float, price: float,
-) -> tuple[list[FoldPlan], dict[str, float], float]:  # fmt: skip
-    """Fold plans that spend where it saves most; each group's unexplained share of output energy; and which share of
-    the FLOPs that they leave twice the price and budget would take, half of each group that only `steepest` stopped.
+) -> Plans:  # fmt: skip
+    """Spends where it saves most.
 
     Channels go while the predicted loss increase stays within `budget` and, with a finite `price`, while it costs
     less than `price` for each share of the full network's cost that it saves, and no group by more than the policy's
-    steepest factor. The price buys what lasts, the second-order part: training soon learns the first-order part again.
-    Without a price the budget is for both.
+    steepest factor or, unless what goes costs nothing, below the policy's room. The price buys what lasts, the
+    second-order part: training soon learns the first-order part again. Without a price the budget is for both.
     """
     priced, ranks, device = math.isfinite(price), network.ranks, next(network.model.parameters()).device
-    costs, named = network.open_costs(groups), {group.name: group for group in groups}
-    steepest = policy.steepest if priced else math.inf
-    floors = {group.name: max(group.least(policy.floor), math.ceil(group.width / steepest)) for group in groups}
     tensors, now = named_tensors(network.model), network.widths
+    spread = {g.name: _directions(g, moments[g.name], tensors) for g in groups if priced and policy.room}
+    kept = {name: _kept(spread[name], policy.room) for name in spread if policy.room * spread[name] >= now[name]}
+    costs, named = network.open_costs(groups), {group.name: group for group in groups}
+    lowest = {group.name: group.least(policy.floor) for group in groups}
+    roomy = {g.name: min(g.width, math.ceil(policy.room * spread.get(g.name, 0))) for g in groups}
+    gentle = {group.name: math.ceil(group.width / policy.steepest) if priced else 0 for group in groups}
+    floors = {name: max(lowest[name], roomy[name], gentle[name]) for name in lowest}
     steps = {group.name: _step(group, policy.multiple or _vector(group, tensors)) for group in groups}
     whole = flops(costs, now)
 
@@ -67,6 +88,9 @@ def plan(
         return _refit(named[name], moments[name], keep, cautious, scaled)
 
     searches = ranks.shared({g.name: g.width**3 for g in groups}, search, "searching", device)
+    differ = {name: int((found.error > _NOTHING * found.error[0]).sum()) for name, (found, _) in searches.items()}
+    least = {name: max(lowest[name], min(roomy[name], differ[name])) for name in lowest}
+    floors = {name: max(least[name], gentle[name]) for name in lowest}
     curves = {g.name: _curve(g, moments[g.name], searches[g.name][0], floors[g.name]) for g in groups}
     asked = {name: _with_first_order(curve, searches[name][1]) for name, curve in curves.items()}
     least_worth = 1 / price if price > 0 else math.inf
@@ -77,11 +101,31 @@ def plan(
     refits = ranks.shared(narrowed, refit, "folding", device)
     plans = [refits[name][0] for name in narrowed]
     noise = max((m.noise for m in moments.values()), default=0.0)
-    stopped = [g.name for g in groups if floors[g.name] > g.least(policy.floor)]  # by how far one look goes
-    stopped = [name for name in stopped if widths[name] - steps[name] < floors[name]]
-    doubled |= {name: widths[name] // 2 for name in stopped}
+    stopped = [name for name, floor in floors.items() if least[name] < floor > widths[name] - steps[name]]
+    doubled |= {name: max(least[name], widths[name] // 2) for name in stopped}
     foreseen = 1 - flops(network.costs, now | doubled) / flops(network.costs, now | widths)
-    return _without_noise(plans, noise), {name: refits[name][1] for name in narrowed}, foreseen
+    return Plans(_without_noise(plans, noise), {name: refits[name][1] for name in narrowed}, foreseen, kept)
+
+
+def _directions(group: ChannelGroup, m: Moments, tensors: Mapping[str, Tensor]) -> float:
+    """In how many directions, for each entry of a channel, training moves the linear layers that read the group
+    (Statement 22); 0 where something else reads it.
+    """
+    linear = {tensors[each.weight.tensor].ndim - (group.experts > 1) == 2 for each in group.consumers} == {True}
+    if not linear or group.paired or group.gate is not None:
+        return 0.0
+    gradient, size = m.metric - m.damping * m.energy, len(m.second) // group.experts
+    parts = [slice(i * size, (i + 1) * size) for i in range(group.experts)]
+    means = [None if m.mean is None else m.mean[part] for part in parts]
+    found = [directions(m.second[p, p], mean, gradient[p, p]) for p, mean in zip(parts, means, strict=True)]
+    return math.fsum(found) / group.entries
+
+
+def _kept(spread: float, room: float) -> str:
+    return (
+        f"training moves what reads it in {spread:.0f} directions, and {room:g} channels are kept for each; try "
+        "policy='aggressive', or Policy(room=0)"
+    )
 
 
 def _search(group: ChannelGroup, m: Moments, *, stop: float, floor: int, multiple: int) -> Selection:

@@ -26,6 +26,9 @@ class Policy:
             judge it. With one of the hard limits below only inputs count.
         damping: see `calibrate.measure`.
         steepest: no look narrows a group by more than this factor: what has no use yet may get one.
+        room: a look leaves linear layers so many channels to read for each direction in which training moves them
+            (docs/theory.md, Statement 22), but for what goes at no cost: a network that has only begun to learn seems
+            to need few.
         multiple, floor: widths are multiples of `multiple`, and at least `floor`. None: of what the hardware takes at a
             time, 8, but 16 in convolutions of 64 channels or more on a CPU with AVX-512.
         rebalance: under plain SGD, survivors are rescaled to keep their pace of learning.
@@ -48,6 +51,7 @@ class Policy:
     samples: int = 2048
     damping: float = 1.0
     steepest: float = 8.0
+    room: float = 4.0
     multiple: int | None = None
     floor: int = 8
     rebalance: bool = True
@@ -63,7 +67,7 @@ class Policy:
             "price": self.price > 0, "rise": self.rise >= 0, "full_run": self.full_run >= 1,
             "start": 0 <= self.start < 1, "first_step": self.first_step >= 1,
             "gap": self.gap > 1, "stop": 0 < self.stop <= 1, "payback": self.payback >= 0, "samples": self.samples >= 2,
-            "damping": self.damping >= 0, "steepest": self.steepest > 1,
+            "damping": self.damping >= 0, "steepest": self.steepest > 1, "room": self.room >= 0,
             "multiple": self.multiple is None or self.multiple >= 1, "floor": self.floor >= 1, "guard": self.guard > 0,
             "tolerance": self.tolerance >= 0, "confidence": 0 < self.confidence < 1,
             "cost": self.cost in ("flops", "milliseconds"),
@@ -96,7 +100,7 @@ class Policy:
 
 
 POLICIES = {
-    "conservative": Policy(price=0.006),
+    "conservative": Policy(price=0.006, room=8.0),
     "normal": Policy(),
-    "aggressive": Policy(price=0.064),
+    "aggressive": Policy(price=0.064, room=2.0),
 }

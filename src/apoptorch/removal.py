@@ -47,8 +47,8 @@ def remove_(
     groups = network.prunable(policy.floor)
     moments = measure(network.model, groups, calibration, loss_fn, policy.damping, ranks, backward=0.5)
     groups = [group for group in groups if group.name in moments]
-    plans, errors, foreseen = plan(network, groups, moments, policy, budget, price)
-    draft = replace(_draft(network, step, budget, plans, errors), foreseen=foreseen)
+    plans, errors, foreseen, kept = plan(network, groups, moments, policy, budget, price)
+    draft = replace(_draft(network, step, budget, plans, errors), foreseen=foreseen, notes=kept)
     if not plans:
         return replace(draft, seconds=ranks.longest(start), reason="nothing is redundant at this price")
     ranks.agree("fold plans", plans)

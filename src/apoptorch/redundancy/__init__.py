@@ -1,7 +1,17 @@
 """Which channels are redundant, and what replaces them: from activations (`moments`) or from weights. Pure."""
 
 from .blocks import MOST_USED, fold_blocks, overfit, select_blocks
-from .moments import Selection, first_order, first_order_curve, fold, others, select, select_whole, unexplained
+from .moments import (
+    Selection,
+    directions,
+    first_order,
+    first_order_curve,
+    fold,
+    others,
+    select,
+    select_whole,
+    unexplained,
+)
 from .weights import WeightFold, WeightSearch, fold_from_weights, search_weights
 
 __all__ = [
@@ -9,6 +19,7 @@ __all__ = [
     "Selection",
     "WeightFold",
     "WeightSearch",
+    "directions",
     "first_order",
     "first_order_curve",
     "fold",

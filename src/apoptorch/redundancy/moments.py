@@ -272,6 +272,20 @@ def unexplained(
     return inner
 
 
+def directions(second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, gradient: Float[Tensor, "n n"]) -> float:
+    """In how many directions the loss is curved in a matrix that multiplies the channels (Statement 22).
+
+    second, mean: E[a a^T] and E[a]. gradient: the second moment of the loss's gradient in a, up to a factor.
+    """
+    return _effective_rank(_centred(second, mean)) * _effective_rank(gradient.double())
+
+
+def _effective_rank(matrix: Float64[Tensor, "n n"]) -> float:
+    """tr(M)^2 / tr(M^2), the number of equal eigenvalues that would have these traces; 0 for M = 0."""
+    trace, squared = float(matrix.trace()), float(matrix.square().sum())
+    return trace * trace / squared if squared > 0 else 0.0
+
+
 def _rows(
     second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, channels: Int64[Tensor, " k"]
 ) -> Float64[Tensor, "k n"]:
