@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from apoptorch import Apoptosis, Policy, apoptosis, network, planning, removal
@@ -784,6 +784,17 @@ def test_a_look_leaves_room_for_the_directions_in_which_readers_learn(room):
         assert all("Policy(room=0)" in note for note in event.notes.values())
     event = removal.remove_(network, [batch], [batch], F.mse_loss, policy, budget=1e6)
     assert max(event.widths_after[f"blocks.{i}.1"] for i in range(2)) == 1
+
+
+@pytest.mark.parametrize("parametrization", [weight_norm, spectral_norm])
+def test_readers_that_are_parametrized_have_room(parametrization):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), parametrization(nn.Linear(48, 16)))
+    x, y, policy = data(1024, 16), data(1024, 16, seed=1), Policy(room=1e9, multiple=1, floor=1)
+    network = Network(model, (), (), *trace(model, (x,), {}))
+    event = removal.remove_(network, [Batch((x,), {}, y)], [Batch((x,), {}, y)], F.mse_loss, policy, price=1e6)
+    assert event.changes == ()
+    assert "directions" in event.notes["0"]
 
 
 def test_what_costs_nothing_needs_no_room():

@@ -43,6 +43,7 @@ class Moments:
         damping: share of `energy` in `metric` that is damping.
         noise: squared standard error of the first-order change of the loss, over the undamped second-order change; 0
             without a loss.
+        linear: is everything that reads the channels a linear layer?
     """
 
     second: Float[Tensor, "n n"]
@@ -56,6 +57,7 @@ class Moments:
     sources: tuple[tuple[int, Float[Tensor, "n n"], Float[Tensor, " n"]], ...] = ()
     damping: float = 0.0
     noise: float = 0.0
+    linear: bool = False
 
     @property
     def samples(self) -> int:
@@ -101,11 +103,12 @@ class _Sums:
         self.parts = [slice(i * size, (i + 1) * size) for i in range(group.experts)]
         self.zeros = partial(torch.zeros, dtype=dtype, device=like.device)
         self.metric, self.energy = self.zeros(group.width, group.width), self.zeros(group.width, group.width)
-        self.curvature = self.zeros(())
+        self.curvature, self.linear = self.zeros(()), True
         # consumers -> sums of a a^T, a, u a^T and u; number of positions, for each expert
         self.sources: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = {}
 
     def add_columns(self, weight: Tensor, slot: Slot, paired: bool) -> None:
+        self.linear &= not paired and weight.ndim == (2 if len(self.parts) == 1 else 3)
         if paired:  # what is read is what is made; an expert that no token takes costs nothing, damped or not
             self.energy.diagonal().add_(1.0 if self.group.gate is None else 0.0)
             return
@@ -170,7 +173,7 @@ class _Sums:
             second, mean, self.mirror_(metric), self.mirror_(self.energy), tuple(counts.tolist()),
             _sum([slope for *_, slope in sources]), _sum([cross for _, cross, _ in sources]), tuple(readers),
             sources if several else (),
-            damping=scale * damping * curvature, noise=noise,
+            damping=scale * damping * curvature, noise=noise, linear=self.linear,
         )  # fmt: skip
 
     def averages(

@@ -61,7 +61,7 @@ def plan(
     """
     priced, ranks, device = math.isfinite(price), network.ranks, next(network.model.parameters()).device
     tensors, now = named_tensors(network.model), network.widths
-    spread = {g.name: _directions(g, moments[g.name], tensors) for g in groups if priced and policy.room}
+    spread = {g.name: _directions(g, moments[g.name]) for g in groups if priced and policy.room}
     kept = {name: _kept(spread[name], policy.room) for name in spread if policy.room * spread[name] >= now[name]}
     costs, named = network.open_costs(groups), {group.name: group for group in groups}
     lowest = {group.name: group.least(policy.floor) for group in groups}
@@ -107,12 +107,11 @@ def plan(
     return Plans(_without_noise(plans, noise), {name: refits[name][1] for name in narrowed}, foreseen, kept)
 
 
-def _directions(group: ChannelGroup, m: Moments, tensors: Mapping[str, Tensor]) -> float:
+def _directions(group: ChannelGroup, m: Moments) -> float:
     """In how many directions, for each entry of a channel, training moves the linear layers that read the group
     (Statement 22); 0 where something else reads it.
     """
-    linear = {tensors[each.weight.tensor].ndim - (group.experts > 1) == 2 for each in group.consumers} == {True}
-    if not linear or group.paired or group.gate is not None:
+    if not m.linear or group.gate is not None:
         return 0.0
     gradient, size = m.metric - m.damping * m.energy, len(m.second) // group.experts
     parts = [slice(i * size, (i + 1) * size) for i in range(group.experts)]
