@@ -46,7 +46,8 @@ def conditions(measured: Sequence[str] = MEASURED) -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     cpu = names[0].split(":")[1].strip() if names else platform.processor()
-    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    vectors = torch.backends.cpu.get_cpu_capability()  # a virtual machine's model name may be "AMD EPYC" for several
+    machine = {"cpu": cpu, "vectors": vectors, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"commit": commit(measured), "machine": machine, **versions}
 
