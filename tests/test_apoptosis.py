@@ -34,18 +34,9 @@ from apoptorch import (
 
 # Wall time decides nothing (payback=0), no run is too short, and the first look comes at step 12.
 POLICY = Policy(
-    payback=0,
-    full_run=1,
-    room=0,
-    first_step=12,
-    samples=128,
-    gap=1.6,
-    stop=1.0,
-    price=5.0,
-    tolerance=0.05,
-    multiple=1,
+    payback=0, full_run=1, room=0, first_step=12, samples=128, gap=1.6, stop=1.0, price=5.0, tolerance=0.05, multiple=1,
     floor=4,
-)
+)  # fmt: skip
 STEPS, BATCH = 48, 32
 
 

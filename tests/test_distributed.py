@@ -25,18 +25,9 @@ from apoptorch.removal import remove_
 from apoptorch.sharding import reshard_
 
 POLICY = Policy(
-    payback=0,
-    full_run=1,
-    room=0,
-    first_step=8,
-    samples=256,
-    gap=1.6,
-    stop=1.0,
-    price=2.0,
-    tolerance=0.05,
-    multiple=4,
+    payback=0, full_run=1, room=0, first_step=8, samples=256, gap=1.6, stop=1.0, price=2.0, tolerance=0.05, multiple=4,
     floor=4,
-)
+)  # fmt: skip
 STEPS, BATCH = 24, 64
 
 

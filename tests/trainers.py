@@ -12,18 +12,9 @@ from torch.nn.functional import cross_entropy
 from apoptorch import Policy
 
 POLICY = Policy(
-    payback=0,
-    full_run=1,
-    room=0,
-    first_step=6,
-    samples=48,
-    gap=1.5,
-    stop=1.0,
-    price=5.0,
-    tolerance=0.1,
-    multiple=1,
+    payback=0, full_run=1, room=0, first_step=6, samples=48, gap=1.5, stop=1.0, price=5.0, tolerance=0.1, multiple=1,
     floor=4,
-)
+)  # fmt: skip
 
 
 def prepare_torchvision():

@@ -65,6 +65,11 @@ class Moments:
         return sum(self.shares)
 
     @property
+    def undamped(self) -> Float[Tensor, "n n"]:
+        """The metric without its damping: the second moment of the loss's gradient, scaled to its curvature."""
+        return self.metric - self.damping * self.energy
+
+    @property
     def half_damped(self) -> Float[Tensor, "n n"]:
         """The metric with half its damping: what a removal is predicted to cost, not what it is chosen by."""
         return self.metric - self.damping / 2 * self.energy

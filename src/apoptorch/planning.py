@@ -19,7 +19,7 @@ from .policy import Policy
 from .redundancy import (
     MOST_USED,
     Selection,
-    directions,
+    directions_blocks,
     first_order,
     first_order_curve,
     fold_blocks,
@@ -61,11 +61,10 @@ def plan(
     """
     priced, ranks, device = math.isfinite(price), network.ranks, next(network.model.parameters()).device
     tensors, now = named_tensors(network.model), network.widths
-    spread = {g.name: _directions(g, moments[g.name]) for g in groups if priced and policy.room}
-    kept = {name: _kept(spread[name], policy.room) for name in spread if policy.room * spread[name] >= now[name]}
     costs, named = network.open_costs(groups), {group.name: group for group in groups}
     lowest = {group.name: group.least(policy.floor) for group in groups}
-    roomy = {g.name: min(g.width, math.ceil(policy.room * spread.get(g.name, 0))) for g in groups}
+    room = policy.room if priced else 0.0
+    roomy = {g.name: min(g.width, math.ceil(room * _directions(g, moments[g.name]))) if room else 0 for g in groups}
     gentle = {group.name: math.ceil(group.width / policy.steepest) if priced else 0 for group in groups}
     floors = {name: max(lowest[name], roomy[name], gentle[name]) for name in lowest}
     steps = {group.name: _step(group, policy.multiple or _vector(group, tensors)) for group in groups}
@@ -104,7 +103,9 @@ def plan(
     stopped = [name for name, floor in floors.items() if least[name] < floor > widths[name] - steps[name]]
     doubled |= {name: max(least[name], widths[name] // 2) for name in stopped}
     foreseen = 1 - flops(network.costs, now | doubled) / flops(network.costs, now | widths)
-    return Plans(_without_noise(plans, noise), {name: refits[name][1] for name in narrowed}, foreseen, kept)
+    errors = {name: refits[name][1] for name in narrowed}
+    kept = {name: _kept(width, room) for name, width in roomy.items() if width == now[name]}
+    return Plans(_without_noise(plans, noise), errors, foreseen, kept)
 
 
 def _directions(group: ChannelGroup, m: Moments) -> float:
@@ -113,17 +114,13 @@ def _directions(group: ChannelGroup, m: Moments) -> float:
     """
     if not m.linear or group.gate is not None:
         return 0.0
-    gradient, size = m.metric - m.damping * m.energy, len(m.second) // group.experts
-    parts = [slice(i * size, (i + 1) * size) for i in range(group.experts)]
-    means = [None if m.mean is None else m.mean[part] for part in parts]
-    found = [directions(m.second[p, p], mean, gradient[p, p]) for p, mean in zip(parts, means, strict=True)]
-    return math.fsum(found) / group.entries
+    return directions_blocks(m.second, m.mean, m.undamped, group.experts) / group.entries
 
 
-def _kept(spread: float, room: float) -> str:
+def _kept(width: int, room: float) -> str:
     return (
-        f"training moves what reads it in {spread:.0f} directions, and {room:g} channels are kept for each; try "
-        "policy='aggressive', or Policy(room=0)"
+        f"training moves what reads it in {width / room:.0f} directions or more, and {room:g} channels are kept for "
+        "each; try policy='aggressive', or Policy(room=0)"
     )
 
 

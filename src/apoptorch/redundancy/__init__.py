@@ -1,6 +1,6 @@
 """Which channels are redundant, and what replaces them: from activations (`moments`) or from weights. Pure."""
 
-from .blocks import MOST_USED, fold_blocks, overfit, select_blocks
+from .blocks import MOST_USED, directions_blocks, fold_blocks, overfit, select_blocks
 from .moments import (
     Selection,
     directions,
@@ -20,6 +20,7 @@ __all__ = [
     "WeightFold",
     "WeightSearch",
     "directions",
+    "directions_blocks",
     "first_order",
     "first_order_curve",
     "fold",

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from ..plan import Fold
-from .moments import Selection, fold, others, select
+from .moments import Selection, directions, fold, others, select
 
 MOST_USED = 0.9  # survivors for each sample, from where a regression tells nothing of new data
 
@@ -57,6 +57,14 @@ def fold_blocks(
         coeffs[part, i * kept : (i + 1) * kept] = block.coeffs
         shift += [] if block.shift is None else [block.shift]
     return Fold(coeffs, torch.cat(shift) if shift else None)
+
+
+def directions_blocks(
+    second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, metric: Float[Tensor, "n n"], blocks: int
+) -> float:
+    """`directions` of all blocks, where each is multiplied by a matrix of its own."""
+    parts = [(part, mean if mean is None else mean[part]) for part in _parts(len(second), blocks)]
+    return sum(directions(second[part, part], own, metric[part, part]) for part, own in parts)
 
 
 def overfit(most: int, samples: int) -> Float64[Tensor, " most+1"]:

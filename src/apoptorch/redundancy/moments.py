@@ -272,12 +272,12 @@ def unexplained(
     return inner
 
 
-def directions(second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, gradient: Float[Tensor, "n n"]) -> float:
+def directions(second: Float[Tensor, "n n"], mean: Float[Tensor, " n"] | None, metric: Float[Tensor, "n n"]) -> float:
     """In how many directions the loss is curved in a matrix that multiplies the channels (Statement 22).
 
-    second, mean: E[a a^T] and E[a]. gradient: the second moment of the loss's gradient in a, up to a factor.
+    second, mean: E[a a^T] and E[a]. metric: the second moment of the loss's gradient in a, up to a factor.
     """
-    return _effective_rank(_centred(second, mean)) * _effective_rank(gradient.double())
+    return _effective_rank(_centred(second, mean)) * _effective_rank(metric.double())
 
 
 def _effective_rank(matrix: Float64[Tensor, "n n"]) -> float:
